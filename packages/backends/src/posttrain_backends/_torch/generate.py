@@ -1,0 +1,343 @@
+"""The decoding loop of the engine `batched`: rows that are decoded together, and how a free row gets its next episode.
+
+The first `active` rows always hold an unfinished episode: a row that ends is given to the next episode in the queue,
+and where none waits, the last row moves into its place. So no row of a forward pass is idle. All bookkeeping is NumPy
+on the host; the device sees tokens, positions and uniforms of a step and gives back tokens and log-probs. Knows no
+text: prompts come as ids (`engines.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from posttrain.data import Array, Prompt, Rollouts, Sampling, offsets_of
+from posttrain.errors import MemoryExhausted
+from posttrain.protocols import Tokenizer
+from torch import Tensor
+
+from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.learner import TorchLearner
+from posttrain_backends._torch.memory import translating_memory_errors
+from posttrain_backends._torch.models.files import copy_named
+from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel
+from posttrain_backends._torch.sampling import sample
+from posttrain_backends.engines import (
+    BUDGET,
+    EOS,
+    STOP,
+    Answer,
+    Batched,
+    StopStrings,
+    assemble,
+    check_fit,
+    encode,
+    uniforms,
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The work of one rollout."""
+
+    slots: int
+    """Rows decoded at once."""
+    prompts: int
+    """Distinct prompts, each computed once."""
+    prompt_tokens: int
+    """Their tokens."""
+    steps: int
+    """Decoding passes."""
+    decoded: int
+    """Tokens fed to them: rows summed over steps. An answer of n tokens needs n - 1."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """A prompt of P tokens that the model has read."""
+
+    tokens: np.ndarray
+    """[P] int64."""
+    hidden: Tensor
+    """[H] at the last token."""
+    keys: list[Tensor]
+    """Per layer [P, kv_heads, D]; no layers where the model has no cache."""
+    values: list[Tensor]
+
+
+Forward = Callable[[Tensor, Layout], tuple[Tensor, list[Tensor], list[Tensor]]]
+"""[M] ragged tokens -> hidden [M, H], and per layer keys and values [M, kv_heads, D]."""
+
+
+class Rows(Protocol):
+    """The pasts of the rows that are decoded together."""
+
+    @property
+    def forward(self) -> Forward:
+        """How prompts are read."""
+        ...
+
+    def start(self, rows: np.ndarray, prefix: Prefix) -> None:
+        """Let `rows` continue from `prefix`."""
+        ...
+
+    def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Add a token [n] at `positions` [n] to each of the first n rows -> hidden [n, H]."""
+        ...
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Overwrite the rows `target` with the rows `source`."""
+        ...
+
+
+@final
+class CachedRows:
+    """Pasts as keys and values."""
+
+    def __init__(self, model: CachedLanguageModel, rows: int, columns: int) -> None:
+        self._model, self._cache = model, model.new_cache(rows, columns)
+        self._device = model.output_weight.device
+
+    @property
+    def forward(self) -> Forward:
+        return self._model.prefill
+
+    def start(self, rows: np.ndarray, prefix: Prefix) -> None:
+        where = torch.from_numpy(rows).to(self._device)
+        layers = zip((*self._cache.keys, *self._cache.values), (*prefix.keys, *prefix.values), strict=True)
+        for cached, read in layers:
+            same = read.transpose(0, 1).to(cached.dtype).expand(len(rows), -1, -1, -1)
+            cached[:, :, :len(read)].index_copy_(0, where, same)
+
+    def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        newest, places = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
+        rows = None if len(tokens) == self._cache.rows else slice(0, len(tokens))
+        return self._model.decode(newest, places, self._cache, rows)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
+        for layer in (*self._cache.keys, *self._cache.values):
+            layer.index_copy_(0, t, layer.index_select(0, s))
+
+
+@final
+class RecomputedRows:
+    """Pasts as tokens, for models without a cache: every step reads all of them anew."""
+
+    def __init__(self, model: LanguageModel, rows: int, columns: int) -> None:
+        self._model, self._tokens = model, np.zeros((rows, columns), np.int64)
+        self._device = model.output_weight.device
+
+    @property
+    def forward(self) -> Forward:
+        return lambda tokens, layout: (self._model.hidden(tokens, layout), [], [])
+
+    def start(self, rows: np.ndarray, prefix: Prefix) -> None:
+        self._tokens[rows, :len(prefix.tokens)] = prefix.tokens
+
+    def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        n, lengths = len(tokens), positions + 1
+        self._tokens[np.arange(n), positions] = tokens
+        past = self._tokens[:n][np.arange(self._tokens.shape[1]) < lengths[:, None]]
+        layout = Layout.from_offsets(offsets_of(lengths), self._device)
+        return self._model.hidden(torch.from_numpy(past).to(self._device), layout)[layout.last]
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        self._tokens[target] = self._tokens[source]
+
+
+@final
+class Prefixes:
+    """Distinct prompts in the order of their use: each read once, together with those that follow it up to a budget of
+    tokens, and forgotten when its last answer has begun."""
+
+    def __init__(self, prompts: Sequence[tuple[int, ...]], uses: np.ndarray, budget: int, forward: Forward,
+                 device: torch.device) -> None:
+        self._prompts = [np.array(ids, np.int64) for ids in prompts]
+        self._offsets = offsets_of(np.array([len(ids) for ids in prompts]))
+        self._uses, self._budget, self._forward, self._device = uses.copy(), budget, forward, device
+        self._read: dict[int, Prefix] = {}
+        self.count = 0
+        """Prompts read so far."""
+        self.tokens = 0
+        """Their tokens."""
+
+    def take(self, prompt: int, uses: int) -> Prefix:
+        """The prompt for `uses` more answers."""
+        while prompt >= self.count:
+            self._read_next()
+        self._uses[prompt] -= uses
+        return self._read[prompt] if self._uses[prompt] else self._read.pop(prompt)
+
+    def _read_next(self) -> None:
+        first = self.count
+        fitting = int(np.searchsorted(self._offsets, self._offsets[first] + self._budget, side="right")) - 1
+        last = max(first + 1, fitting)
+        offsets = self._offsets[first:last + 1] - self._offsets[first]
+        layout = Layout.from_offsets(offsets, self._device)
+        flat = torch.from_numpy(np.concatenate(self._prompts[first:last])).to(self._device)
+        hidden, keys, values = self._forward(flat, layout)
+        ends = hidden[layout.last]
+        for i in range(last - first):
+            part = slice(int(offsets[i]), int(offsets[i + 1]))
+            self._read[first + i] = Prefix(
+                self._prompts[first + i], ends[i], [k[part] for k in keys], [v[part] for v in values])
+        self.count, self.tokens = last, self.tokens + len(flat)
+
+
+@final
+class Decoding:
+    """Draws the answers to a queue of prompts, `size` at a time; see the module."""
+
+    def __init__(self, prompt_of: np.ndarray, prefixes: Prefixes, rows: Rows, head: Callable[[Tensor], Tensor],
+                 size: int, sampling: Sampling, seed: Sequence[int], eos: int, stops: StopStrings) -> None:
+        self._prompt_of, self._prefixes, self._rows, self._head = prompt_of, prefixes, rows, head
+        self._sampling, self._seed, self._eos, self._stops = sampling, seed, eos, stops
+        self._next = 0
+        self._answers: dict[int, Answer] = {}
+        self._active = size
+        self._episode, self._length, self._count = (np.zeros(size, np.int64) for _ in range(3))
+        self._tokens = np.zeros((size, sampling.max_new_tokens), np.int64)
+        self._logprobs = np.zeros((size, sampling.max_new_tokens), np.float32)
+        self._uniforms = np.zeros((size, sampling.max_new_tokens))
+        self.steps = self.decoded = 0
+
+    def run(self) -> list[Answer]:
+        """The answers, in the order of the queue."""
+        self._refill(np.arange(self._active))
+        while self._active:
+            rows = np.arange(self._active)
+            last = self._count[:self._active] - 1
+            hidden = self._rows.extend(self._tokens[rows, last], self._length[:self._active] + last)
+            self.steps, self.decoded = self.steps + 1, self.decoded + self._active
+            ended = self._draw(rows, hidden)
+            if len(ended):
+                self._refill(ended)
+        return [self._answers[e] for e in range(len(self._prompt_of))]
+
+    def _refill(self, free: np.ndarray) -> None:
+        """Begin waiting episodes in the free rows. One may end with its first token, and so free its row again."""
+        while len(free) and self._next < len(self._prompt_of):
+            n = min(len(free), len(self._prompt_of) - self._next)
+            ended = self._draw(free[:n], self._begin(free[:n]))
+            free = np.concatenate([ended, free[n:]])
+        if len(free):
+            self._close(free)
+
+    def _begin(self, rows: np.ndarray) -> Tensor:
+        """Put the next episodes of the queue into `rows` -> hidden [n, H] that predicts their first tokens."""
+        episodes = np.arange(self._next, self._next + len(rows))
+        self._next += len(rows)
+        self._episode[rows], self._count[rows] = episodes, 0
+        self._uniforms[rows] = [uniforms(self._seed, int(e), self._uniforms.shape[1]) for e in episodes]
+        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+        for prompt in np.unique(self._prompt_of[episodes]):
+            same = np.flatnonzero(self._prompt_of[episodes] == prompt)
+            prefix = self._prefixes.take(int(prompt), len(same))
+            self._rows.start(rows[same], prefix)
+            self._length[rows[same]] = len(prefix.tokens)
+            for i in same:
+                hidden[i] = prefix.hidden
+        return torch.stack(hidden)
+
+    def _draw(self, rows: np.ndarray, hidden: Tensor) -> np.ndarray:
+        """Draw the next token of each row from hidden [n, H] -> the rows that ended with it."""
+        count = self._count[rows]
+        u = torch.from_numpy(self._uniforms[rows, count]).to(hidden.device)
+        tokens, logprobs = (x.cpu().numpy() for x in sample(self._head(hidden), self._sampling, u))
+        self._tokens[rows, count], self._logprobs[rows, count] = tokens, logprobs
+        self._count[rows] = count + 1
+        finish = np.where(tokens == self._eos, EOS, np.where(count + 1 == self._sampling.max_new_tokens, BUDGET, -1))
+        if self._stops.strings:
+            for i in np.flatnonzero(tokens != self._eos):
+                if self._stops.reached(self._tokens[rows[i], :count[i] + 1]):
+                    finish[i] = STOP
+        ended = np.flatnonzero(finish >= 0)
+        for i in ended:
+            answer = (rows[i], slice(0, int(count[i]) + 1))
+            self._answers[int(self._episode[rows[i]])] = Answer(
+                self._tokens[answer].astype(np.int32), self._logprobs[answer].copy(), int(finish[i]))
+        return rows[ended]
+
+    def _close(self, free: np.ndarray) -> None:
+        """Rows for which no episode waits leave: the last rows in use move into their places."""
+        kept = np.setdiff1d(np.arange(self._active), free)
+        source, target = kept[kept >= len(kept)], free[free < len(kept)]
+        self._active = len(kept)
+        if len(source):
+            self._rows.move(source, target)
+            for column in (self._episode, self._length, self._count, self._tokens, self._logprobs, self._uniforms):
+                column[target] = column[source]
+
+
+@final
+class TorchSampler:
+    """A started engine on a torch model; a `Sampler`. Not shared, it keeps a copy of the model until `sync`."""
+
+    def __init__(self, learner: TorchLearner, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> None:
+        self._shared, self._tokenizer, self._engine = shared, tokenizer, engine
+        self._model = learner.model if shared else deepcopy(learner.model)
+        self._version = learner.version
+        self._most_rows = engine.slots or sys.maxsize
+        self.usage = Usage(0, 0, 0, 0, 0)
+        """The work of the last rollout."""
+
+    def sync(self, params: Iterable[tuple[str, Array]], version: int) -> None:
+        """Take the weights `params` (a shared model has them already) and number them `version`."""
+        if not self._shared:
+            given = ((name, torch.as_tensor(x)) for name, x in params)
+            copy_named(given, self._model.state_dict(), "the weights given to the sampler")
+        self._version = version
+
+    def rollout(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]) -> Rollouts:
+        """One episode per prompt, in order. Raises `DataError` for prompts that do not fit, `Diverged` where the model
+        gives no numbers, and `MemoryExhausted` where even one row does not fit."""
+        stops = StopStrings(sampling.stop, self._tokenizer.decode)
+        encoded = encode(prompts, self._tokenizer)
+        check_fit(prompts, encoded, sampling, len(self._model.output_weight), self._model.max_positions)
+        answers = self._answers(encoded, sampling, seed, stops) if encoded else []
+        return assemble(prompts, encoded, answers, sampling, stops, self._version)
+
+    def _answers(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int],
+                 stops: StopStrings) -> list[Answer]:
+        """Draw with as many rows as are allowed; where memory runs out, anew with half of them, and from then on."""
+        columns = max(map(len, encoded)) + sampling.max_new_tokens
+        allowed = max(1, self._engine.cache_tokens // columns) if self._engine.cache_tokens else sys.maxsize
+        rows = min(len(encoded), self._most_rows, allowed)
+        while True:
+            try:
+                return translating_memory_errors(partial(self._decode, encoded, sampling, seed, stops, rows, columns))
+            except MemoryExhausted as error:
+                if rows == 1:
+                    raise MemoryExhausted(
+                        f"{error}; a single answer of up to {columns} tokens does not fit beside the model: lower "
+                        "rollout.max_new_tokens, rollout.max_prompt_tokens or engine.prefill_tokens") from None
+            rows = self._most_rows = rows // 2
+            if self._model.output_weight.is_cuda:
+                torch.cuda.empty_cache()  # the smaller attempt must not fail on fragments of the larger one
+
+    @torch.inference_mode()
+    def _decode(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int], stops: StopStrings,
+                size: int, columns: int) -> list[Answer]:
+        model, weight = self._model, self._model.output_weight
+        number = {ids: i for i, ids in enumerate(dict.fromkeys(encoded))}
+        prompt_of = np.array([number[ids] for ids in encoded])
+        with model.autocast():
+            rows: Rows = (CachedRows(model, size, columns) if isinstance(model, CachedLanguageModel)
+                          else RecomputedRows(model, size, columns))
+            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._engine.prefill_tokens, rows.forward,
+                                weight.device)
+            decoding = Decoding(prompt_of, prefixes, rows, partial(F.linear, weight=weight), size, sampling, seed,
+                                self._tokenizer.eos, stops)
+            answers = decoding.run()
+        self.usage = Usage(size, prefixes.count, prefixes.tokens, decoding.steps, decoding.decoded)
+        return answers

@@ -1,0 +1,111 @@
+"""Log-probs and entropies of chosen tokens from hidden states, without ever holding all logits.
+
+Rows go through the output matrix in chunks; the backward pass computes each chunk's logits anew (8NHV operations where
+logits in memory would need 6NHV), so the peak is one kept chunk and its gradient instead of several [N, V] arrays.
+Knows no model and no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_CELLS: Mapping[str, int] = {"cpu": 2**22, "cuda": 2**27}
+"""Logits of one chunk by device type: a chunk that stays near the cache there, and one that fills the device here."""
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of one chunk where the user leaves them open."""
+    return max(1, CHUNK_CELLS.get(device.type, 2**22) // vocab_size)
+
+
+def chosen_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, *, temperature: float = 1.0, rows: int = 0,
+                    entropy: bool = False, compute: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """log p(chosen) and, where asked, the entropy of p = softmax(hidden @ weight.T / temperature).
+
+    hidden [N, H], weight [V, H], chosen [N] -> logprobs [N] (at most 0) and entropy [N], in float32, or float64 where
+    `weight` is. Both are differentiable in `hidden` and `weight`; gradients of `weight` add up over chunks in its own
+    type. Matrices are multiplied in `compute` (default: the type of `weight`).
+    """
+    rows = rows or chunk_rows(len(weight), weight.device)
+    logprobs, entropies = _ChosenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype)
+    return logprobs, entropies if entropy else None
+
+
+class _ChosenLogProbs(torch.autograd.Function):
+    """With z the logits of a row over the temperature, l = z - logsumexp(z), p = exp(l), H = -sum(p l), c chosen:
+
+    d l_c / d z_j = [j = c] - p_j and d H / d z_j = -p_j (l_j + H).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chosen: Tensor, temperature: float, rows: int,
+                entropy: bool, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        N = len(hidden)
+        logprobs = torch.empty(N, dtype=exact, device=hidden.device)
+        entropies = torch.empty(N if entropy else 0, dtype=exact, device=hidden.device)
+        matrix, log_p = weight.to(compute), torch.empty(0)
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            del log_p  # before the next chunk exists
+            log_p = _log_softmax(hidden[part], matrix, temperature, exact)
+            logprobs[part] = log_p.gather(1, chosen[part, None])[:, 0].clamp_max_(0.0)
+            if entropy:
+                entropies[part] = -torch.linalg.vecdot(log_p.exp(), log_p)
+        ctx.save_for_backward(hidden, weight, chosen, entropies, log_p)  # the last chunk is kept, so one never recurs
+        ctx.temperature, ctx.rows, ctx.compute, ctx.exact = temperature, rows, compute, exact
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, chosen, entropies, kept = ctx.saved_tensors
+        by_logprob, by_entropy = grads
+        matrix, N = weight.to(ctx.compute), len(hidden)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, N, ctx.rows):
+            part = slice(start, start + ctx.rows)
+            last = start + ctx.rows >= N
+            log_p = kept if last else _log_softmax(hidden[part], matrix, ctx.temperature, ctx.exact)
+            d_logits = _logit_gradient(
+                log_p, chosen[part], None if by_logprob is None else by_logprob[part, None],
+                None if by_entropy is None else by_entropy[part, None], entropies[part, None])
+            del log_p
+            d_logits = d_logits.div_(ctx.temperature).to(ctx.compute)
+            if d_hidden is not None:
+                d_hidden[part] = d_logits @ matrix
+            if d_weight is not None:
+                _add_outer(d_weight, d_logits, hidden[part].to(ctx.compute))
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _log_softmax(hidden: Tensor, matrix: Tensor, temperature: float, exact: torch.dtype) -> Tensor:
+    """[C, H] -> log p [C, V]. Only the logits and the result are alive together."""
+    logits = (hidden.to(matrix.dtype) @ matrix.t()).to(exact)
+    return torch.log_softmax(logits.div_(temperature) if temperature != 1.0 else logits, dim=-1)
+
+
+def _logit_gradient(log_p: Tensor, chosen: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None,
+                    entropy: Tensor) -> Tensor:
+    """[C, V] gradient of the logits from those of log-prob and entropy, each [C, 1]; `log_p` is left as it is."""
+    p = log_p.exp()
+    if by_entropy is None:
+        gradient = p.mul_(-by_logprob) if by_logprob is not None else p.zero_()
+    else:
+        factor = (log_p + entropy).mul_(-by_entropy)
+        gradient = p.mul_(factor if by_logprob is None else factor.sub_(by_logprob))
+    return gradient if by_logprob is None else gradient.scatter_add_(1, chosen[:, None], by_logprob)
+
+
+def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total[V, H] += d_logits.T @ hidden, in the type of `total`."""
+    if d_logits.dtype == total.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    else:
+        total.add_(d_logits.t() @ hidden)

@@ -1,0 +1,365 @@
+"""A torch model that scores tokens and is trained: the `Learner` of every torch backend.
+
+Gradients are sums, kept per slot in the parameters' own type (float32, or float64 for a float64 model), so how a step
+is split does not change it. Knows ragged batches, a loss and an optimiser; not which model computes the hidden states.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from posttrain.comm import Comm, SingleProcess
+from posttrain.data import Array, Loss, Metric, Metrics, MicroBatch, Rollouts, TokenOutputs, to_numpy
+from posttrain.errors import ConfigError, Diverged
+from posttrain.loss import SHARED
+from posttrain.ops import ops_of
+from posttrain.protocols import Objective, Optimization, Output
+from torch import Tensor, nn
+
+from posttrain_backends._torch.head import chosen_logprobs
+from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.memory import translating_memory_errors
+from posttrain_backends._torch.models import files
+from posttrain_backends._torch.models.interface import LanguageModel
+from posttrain_backends._torch.optimizer import NamedAdamW
+
+VALUE_HEAD = "value_head."
+"""Before the names of the value head's parameters, which belong to the learner and not to the model."""
+_COUNTERS = ("version", "bad_steps", "steps")
+"""Entries of `state` that are single numbers."""
+_GRAMIAN_COLUMNS = 2**20
+"""Gradient entries of one slot that `gramian` holds in float64 at a time."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Actions:
+    """Tokens of one forward pass, and where in them actions and episodes' ends lie."""
+
+    tokens: Tensor
+    """[M]"""
+    layout: Layout
+    source: Tensor
+    """[N] the token of each action."""
+    last: Tensor
+    """[E] the last token of each episode."""
+
+
+@final
+class TorchLearner:
+    """See `posttrain.protocols.Learner`. Without `optimization` it scores only and holds no gradients and no moments.
+
+    `config` is what `save` writes as `config.json`; `head_rows` are the rows of one chunk of logits, 0 for as many as
+    suit the device; gradients are summed over the ranks of `comm`, whose learners hold equal weights.
+    """
+
+    def __init__(self, model: LanguageModel, *, config: Mapping[str, object], optimization: Optimization | None = None,
+                 value_heads: int = 0, head_rows: int = 0, comm: Comm = SingleProcess()) -> None:
+        weight = model.output_weight
+        self.model, self.device, self._dtype = model, weight.device, weight.dtype
+        self._config, self._head_rows, self._version = config, head_rows, 0
+        self.value_head = _value_head(value_heads, weight) if value_heads else None
+        self._parameters = {n: p for n, p in self._named_parameters() if p.requires_grad} if optimization else {}
+        if not optimization:
+            for _, p in self._named_parameters():
+                p.requires_grad_(False)
+        self._optimizer = NamedAdamW(self._parameters, optimization) if optimization else None
+        self._gradients: dict[str, dict[str, Tensor]] = {}
+        self._comm, self._summed = comm, False
+        self._bad_steps = 0
+        self._start: dict[str, Tensor] | None = None
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.model.named_parameters()
+        if self.value_head is not None:
+            for name, p in self.value_head.named_parameters():
+                yield VALUE_HEAD + name, p
+
+    # ---- what the model says
+
+    @property
+    def provides(self) -> frozenset[Output]:
+        values = {Output.VALUES, Output.BOOTSTRAP_VALUES} if self.value_head is not None else set()
+        return frozenset({Output.LOGPROBS, Output.ENTROPY} | values)
+
+    @property
+    def version(self) -> int:
+        """Optimiser steps taken: a skipped step leaves the weights, and so the version, as they are."""
+        return self._version
+
+    def score(self, rollouts: Rollouts, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
+        """Outputs of all actions in one forward pass, as NumPy; columns that nobody asked for are None, and log-probs
+        NaN. Raises `MemoryExhausted`."""
+        self._check_outputs(outputs)
+
+        @torch.no_grad()
+        def scored() -> TokenOutputs:
+            actions = _Actions(
+                self._ids(rollouts.tokens), Layout.from_offsets(rollouts.offsets, self.device),
+                self._ids(rollouts.source), self._ids(np.maximum(np.cumsum(rollouts.episode_tokens) - 1, 0)))
+            return self._outputs(actions, outputs, temperature)
+        out = translating_memory_errors(scored)
+        return _to_host(out)
+
+    def _outputs(self, actions: _Actions, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
+        """The value of the state before an action, like its log-prob, is read off the token before it."""
+        hidden = self.model.hidden(actions.tokens, actions.layout)
+        before = hidden.index_select(0, actions.source - 1)
+        logprobs, entropy = torch.full((len(before),), float("nan"), dtype=self._dtype, device=self.device), None
+        if outputs & {Output.LOGPROBS, Output.ENTROPY}:
+            logprobs, entropy = chosen_logprobs(
+                before, self.model.output_weight, actions.tokens[actions.source], temperature=temperature,
+                rows=self._head_rows, entropy=Output.ENTROPY in outputs, compute=self.model.compute_dtype)
+        return TokenOutputs(
+            logprobs=logprobs, entropy=entropy,
+            values=self._values(before) if Output.VALUES in outputs else None,
+            bootstrap_values=self._values(hidden[actions.last]) if Output.BOOTSTRAP_VALUES in outputs else None)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [k, n]."""
+        assert self.value_head is not None
+        return F.linear(hidden.to(self._dtype), self.value_head.weight, self.value_head.bias).t()
+
+    def _check_outputs(self, outputs: frozenset[Output]) -> None:
+        if missing := outputs - self.provides:
+            hint = " (no value head was asked for)" if Output.VALUES in missing else ""
+            raise ConfigError([f"the torch backend gives no {', '.join(sorted(missing))}{hint}"])
+
+    def _ids(self, x: Array) -> Tensor:
+        return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(self.device)
+
+    # ---- one optimiser step
+
+    def accumulate(self, batch: MicroBatch, objective: Objective, coef: Mapping[str, float]) -> Metrics:
+        """Add the gradients of one part to their slots; an empty part adds nothing. Raises `MemoryExhausted`."""
+        if self._optimizer is None:
+            raise RuntimeError("this model was loaded for scoring (LoadRequest.optimization is None)")
+        self._check_outputs(objective.outputs)
+        if self._start is None:
+            self._start = _random_state(self.device)
+
+        def accumulated() -> Metrics:
+            for slot in (*objective.slots, *([SHARED] if len(objective.slots) > 1 else [])):
+                self._sums(slot)  # for an empty part too, so that all ranks hold the same slots
+            if len(batch.source) == 0:
+                return Metrics()
+            actions = _Actions(
+                self._ids(batch.tokens), Layout.from_tokens(batch.sequence, batch.positions, self.device),
+                self._ids(batch.source), self._ids(batch.last))
+            out = self._outputs(actions, objective.outputs, batch.temperature)
+            loss = objective(ops_of(out.logprobs), out, self._on_device(batch), coef)
+            self._backward(_by_slot(loss))
+            return _loss_metrics(loss)
+        return translating_memory_errors(accumulated)
+
+    def _on_device(self, batch: MicroBatch) -> MicroBatch:
+        """The same batch in tensors: integers as int64, numbers in the type of the parameters."""
+        def moved(x: Any) -> Any:
+            if isinstance(x, Mapping):
+                return {name: moved(value) for name, value in x.items()}
+            if x is None or isinstance(x, float):
+                return x
+            x = np.asarray(x)
+            return torch.from_numpy(x).to(self.device, self._dtype) if x.dtype.kind == "f" else self._ids(x)
+        return replace(batch, **{f.name: moved(getattr(batch, f.name)) for f in fields(batch)})
+
+    def _sums(self, slot: str) -> dict[str, Tensor]:
+        """The slot's gradients by parameter, zero to begin with; they exist for all, so `apply` allocates none."""
+        if slot not in self._gradients:
+            self._gradients[slot] = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        return self._gradients[slot]
+
+    def _backward(self, totals: Mapping[str, Tensor]) -> None:
+        """One backward pass per slot, straight into the slot's own sums."""
+        for i, (slot, total) in enumerate(totals.items()):
+            for name, gradient in self._sums(slot).items():
+                self._parameters[name].grad = gradient
+            total.backward(retain_graph=i + 1 < len(totals))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for p in self._parameters.values():
+            p.grad = None
+
+    def _sum_over_ranks(self) -> None:
+        """Make every rank's sums those of all ranks, once per step: all slots, all parameters, in one order."""
+        if self._comm.size == 1 or self._summed:
+            return
+        for sums in self._gradients.values():
+            for gradient in sums.values():
+                gradient.copy_(torch.from_numpy(self._comm.sum(to_numpy(gradient))))
+        self._summed = True
+
+    def gramian(self, slots: Sequence[str], parameters: str = "") -> np.ndarray:
+        """[m, m] float64 inner products of the slots' gradients, over parameters whose name the pattern is found in."""
+        chosen = [name for name in self._parameters if re.search(parameters, name)]
+        if not chosen:
+            raise ConfigError([f"no parameter matches {parameters!r}; names are like {next(iter(self._parameters))!r}"])
+        self._sum_over_ranks()
+        G = torch.zeros(len(slots), len(slots), dtype=torch.float64, device=self.device)
+        for name in chosen:
+            rows = [self._sums(slot)[name].flatten() for slot in slots]
+            for columns in zip(*(torch.split(row, _GRAMIAN_COLUMNS) for row in rows)):
+                J = torch.stack(columns).double()
+                G += J @ J.t()
+        return to_numpy(G)
+
+    @torch.no_grad()
+    def apply(self, weights: Mapping[str, float] | None = None) -> Metrics:
+        """Mix the slots (`shared` counts once where it is not named), clip, step. Raises `Diverged` after more than
+        `max_bad_steps` consecutive steps whose gradient is not finite."""
+        if self._optimizer is None:
+            raise RuntimeError("this model was loaded for scoring (LoadRequest.optimization is None)")
+        self._sum_over_ranks()
+        gradients = self._mixed({SHARED: 1.0, **weights} if weights is not None else None)
+        norm = torch.nn.utils.get_total_norm(gradients.values(), error_if_nonfinite=False)
+        lr, finite = self._optimizer.lr, bool(torch.isfinite(norm))
+        metrics = Metrics({"lr": Metric(lr, reduction="last"), "skipped": Metric(float(not finite), reduction="sum")})
+        if finite:
+            for name, p in self._parameters.items():
+                p.grad = gradients[name]
+            if self._optimizer.settings.clip_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self._parameters.values(), self._optimizer.settings.clip_norm, norm)
+            self._optimizer.step()
+            self._version += 1
+            metrics += {"grad_norm": Metric(float(norm))}
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        self._forget()
+        if self._bad_steps > self._optimizer.settings.max_bad_steps:
+            raise _diverged(self._bad_steps, gradients)
+        return metrics
+
+    def _mixed(self, weights: Mapping[str, float] | None) -> dict[str, Tensor]:
+        """The weighted sum of all slots by parameter, made in the first slot's place."""
+        if weights is not None and (unnamed := sorted(set(self._gradients) - set(weights))):
+            raise ValueError(f"slots {unnamed} have gradients but no weight; weights were given for {sorted(weights)}")
+        first, *others = self._gradients or [SHARED]
+        mixed = self._sums(first)
+        for name, gradient in mixed.items():
+            if weights is not None:
+                gradient.mul_(weights[first])
+            for slot in others:
+                gradient.add_(self._gradients[slot][name], alpha=1.0 if weights is None else weights[slot])
+        return mixed
+
+    def discard(self) -> None:
+        """Forget the step's gradients and put the random state back to where the step began."""
+        if self._start is not None:
+            _set_random_state(self._start, self.device)
+        self._forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what comes next is planned smaller, and must not fail on fragments
+
+    def _forget(self) -> None:
+        self._gradients, self._start, self._summed = {}, None, False
+        for p in self._parameters.values():
+            p.grad = None
+
+    # ---- weights and state
+
+    def params(self) -> Iterator[tuple[str, Array]]:
+        """The model's parameters and buffers, live; value heads are no part of a policy."""
+        yield from self.model.state_dict().items()
+
+    def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None:
+        """Replace all the model's weights. Raises `ConfigError` where names or shapes do not fit."""
+        given = ((name, torch.as_tensor(x)) for name, x in items)
+        files.copy_named(given, self.model.state_dict(), "the given set of weights")
+        self._version = version
+
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Copies of weights, moments, counters and random state, by flat names."""
+        counters = (self._version, self._bad_steps, self._optimizer.steps if self._optimizer else 0)
+        return {**{name: to_numpy(x).copy() for name, x in self._live()},
+                **{name: np.array(value, np.int64) for name, value in zip(_COUNTERS, counters)},
+                **{f"random.{name}": to_numpy(x).copy() for name, x in _random_state(self.device).items()}}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Continue exactly where `state` was taken. Raises `ConfigError` where it is another model's."""
+        if missing := [name for name in (*_COUNTERS, "random.cpu") if name not in arrays]:
+            raise ConfigError([f"{name} is missing" for name in missing], title="the saved state is not a learner's:")
+        counters = {name: int(arrays[name]) for name in _COUNTERS}
+        random = {name.removeprefix("random."): torch.from_numpy(np.array(x)) for name, x in arrays.items()
+                  if name.startswith("random.")}
+        tensors = ((name, torch.from_numpy(np.array(x))) for name, x in arrays.items()
+                   if name not in counters and not name.startswith("random."))
+        files.copy_named(tensors, dict(self._live()), "the saved state")
+        self._version, self._bad_steps = counters["version"], counters["bad_steps"]
+        if self._optimizer is not None:
+            self._optimizer.resume(counters["steps"])
+        self._forget()
+        _set_random_state(random, self.device)
+
+    def _live(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that resuming needs, by the name it has in `state`."""
+        for name, tensor in self.model.state_dict().items():
+            yield f"weights.{name}", tensor
+        if self.value_head is not None:
+            for name, tensor in self.value_head.state_dict().items():
+                yield f"weights.{VALUE_HEAD}{name}", tensor
+        if self._optimizer is not None:
+            yield from self._optimizer.arrays()
+
+    def save(self, directory: Path) -> None:
+        """Write `model.safetensors`, `config.json` and, where there is one, `value_head.safetensors`."""
+        files.write(Path(directory), self._config, self.model.state_dict(),
+                    self.value_head.state_dict() if self.value_head is not None else {})
+
+
+def _value_head(outputs: int, weight: Tensor) -> nn.Linear:
+    """A linear read-out that begins at 0, so that the first values are 0 whatever the trunk."""
+    head = nn.Linear(weight.shape[1], outputs, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+    for p in head.parameters():
+        nn.init.zeros_(p)
+    return head
+
+
+def _to_host(out: TokenOutputs) -> TokenOutputs:
+    """The same columns as NumPy arrays."""
+    def moved(x: Array | None) -> np.ndarray | None:
+        return None if x is None else to_numpy(x)
+    return TokenOutputs(logprobs=to_numpy(out.logprobs), entropy=moved(out.entropy), values=moved(out.values),
+                        bootstrap_values=moved(out.bootstrap_values))
+
+
+def _by_slot(loss: Loss) -> dict[str, Tensor]:
+    """What is differentiated in each slot; terms that depend on no parameter are left out."""
+    totals: dict[str, Tensor] = {}
+    for term in loss.terms.values():
+        scaled = term.coef * term.total
+        if isinstance(scaled, Tensor) and scaled.requires_grad:
+            totals[term.slot] = totals[term.slot] + scaled if term.slot in totals else scaled
+    return totals
+
+
+def _loss_metrics(loss: Loss) -> Metrics:
+    def number(x: Array | float) -> float:
+        return float(to_numpy(x))
+    terms = {f"loss/{name}": Metric(number(term.total), reduction="sum") for name, term in loss.terms.items()}
+    means = {name: Metric(number(total), number(weight)) for name, (total, weight) in loss.metrics.items()}
+    return Metrics({**terms, **means})
+
+
+def _diverged(bad_steps: int, gradients: Mapping[str, Tensor]) -> Diverged:
+    broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
+    where = f"first in {', '.join(broken[:3])}" if broken else "each is finite, but not the norm of all"
+    return Diverged(
+        f"the gradient was not finite in {bad_steps} consecutive steps ({where}; {len(broken)} of {len(gradients)} "
+        "parameters). Lower optimizer.lr, look at the rewards' scale, or go on from an earlier checkpoint.")
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's generators of the host and of the device, by device type."""
+    device_state = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **device_state}
+
+
+def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

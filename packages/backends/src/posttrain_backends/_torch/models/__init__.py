@@ -1,0 +1,1 @@
+"""Models written in torch, and the shape they share."""

@@ -1,0 +1,263 @@
+"""The native decoder-only transformer of the Llama family: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+
+Sources: Touvron et al. 2023 (2302.13971), Su et al. 2021 (2104.09864), Zhang & Sennrich 2019 (1910.07467), Shazeer 2020
+(2002.05202), Ainslie et al. 2023 (2305.13245). Parameters carry the names of Hugging Face's Llama files, so weights are
+exchanged without a table. Linear layers run on flat [M, H] tokens; only attention sees rectangles. Knows no losses.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch
+import torch.nn.functional as F
+from posttrain.errors import ConfigError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of each token, [M, 1, D]; sin is negative in the first half, the sign of the rotation."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a decoder, under the names of Hugging Face's `LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        H, Q, KV = shape.hidden_size, shape.num_attention_heads * shape.head_dim, \
+            shape.num_key_value_heads * shape.head_dim
+        self.q_proj, self.o_proj = nn.Linear(H, Q, bias=False), nn.Linear(Q, H, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(H, KV, bias=False), nn.Linear(H, KV, bias=False)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """[M, H] -> q [M, heads, D], k and v [M, kv_heads, D]; q and k rotated."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.project(x, rope)
+        return self.o_proj(causal_attention(q, k, v, layout).flatten(1)), k, v
+
+    def decode(self, x: Tensor, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
+        """[B, H] -> [B, H]: one query per cache row; `keys` and `values` [B, kv_heads, T, D] are written in place."""
+        q, k, v = self.project(x, rope)
+        keys[step.cells], values[step.cells] = k, v
+        B, kv = k.shape[:2]
+        keys, values = keys[:, :, :step.columns].flatten(0, 1), values[:, :, :step.columns].flatten(0, 1)
+        q = q.reshape(B * kv, -1, self.head_dim)  # the queries of one kv head side by side: k, v are not repeated
+        scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=self.head_dim**-0.5)
+        weights = torch.softmax(scores, dim=-1)
+        return cast(Tensor, self.o_proj(torch.bmm(weights, values).view(B, -1)))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        H, I = shape.hidden_size, shape.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(H, I, bias=False), nn.Linear(H, I, bias=False)
+        self.down_proj = nn.Linear(I, H, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its norm and beside a residual path."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(shape), MLP(shape)
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(self.input_layernorm(x), rope, layout)
+        return self._finish(x + attended), k, v
+
+    def decode(self, x: Tensor, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
+        return self._finish(x + self.self_attn.decode(self.input_layernorm(x), rope, step, keys, values))
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x)))
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and the final norm, under the names of the files."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+
+@final
+class Decoder(nn.Module):
+    """A decoder-only transformer on flat ragged tokens; see `CachedLanguageModel` for its interface.
+
+    Parameters are float32 (float64 where `precision` says so); `bf16` computes the matrices in bfloat16 by autocast.
+    `gradient_checkpointing` keeps only the layers' inputs and computes the rest anew in the backward pass.
+    """
+
+    def __init__(self, shape: Shape, *, seed: int = 0, device: torch.device | str = "cpu",
+                 precision: Precision = "float32", gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.shape, self.precision, self.gradient_checkpointing = shape, precision, gradient_checkpointing
+        dtype = PARAMETER_DTYPE[precision]
+        with torch.device("meta"):  # nothing is allocated or drawn twice
+            self.model = Trunk(shape)
+            if not shape.tie_word_embeddings:
+                self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.to(dtype).to_empty(device=device)
+        self._initialise(seed)
+        self._cos, self._sin = rope_table(shape, dtype, torch.device(device))
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Norms to 1 and matrices to N(0, 0.02^2), drawn in float32 on the host: equal on all devices and types."""
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            p.copy_(torch.ones(p.shape) if p.ndim == 1 else torch.empty(p.shape).normal_(0, 0.02, generator=generator))
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPE[self.precision]
+
+    @property
+    def max_positions(self) -> int:
+        return len(self._cos)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast_to(self.precision, self._cos.device)
+
+    def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """[M] token ids -> [M, H] after the final norm. Raises `ConfigError` beyond `max_position_embeddings`."""
+        with self.autocast():
+            x, rope = self._embed(tokens, layout.positions, layout.longest)
+            for layer in self.model.layers:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x, _, _ = checkpoint(layer, x, rope, layout, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x, _, _ = layer(x, rope, layout)
+            return cast(Tensor, self.model.norm(x))
+
+    def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """[M] -> hidden [M, H], and the keys and values of each layer, [M, kv_heads, D]."""
+        keys, values = [], []
+        with self.autocast():
+            x, rope = self._embed(tokens, layout.positions, layout.longest)
+            for layer in self.model.layers:
+                x, k, v = layer(x, rope, layout)
+                keys.append(k)
+                values.append(v)
+            return self.model.norm(x), keys, values
+
+    def new_cache(self, rows: int, columns: int) -> KVCache:
+        size = (rows, self.shape.num_key_value_heads, columns, self.shape.head_dim)
+        def zeros() -> list[Tensor]:  # not empty: what a masked cell holds must be finite
+            return [torch.zeros(size, dtype=self.compute_dtype, device=self._cos.device) for _ in self.model.layers]
+        return KVCache(zeros(), zeros())
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
+        """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
+        step = _Step.at(positions, cache.keys[0])
+        with self.autocast():
+            x, rope = self._embed(tokens, positions, step.columns)
+            for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True):
+                if rows is not None:
+                    keys, values = keys[rows], values[rows]
+                x = cast(DecoderLayer, layer).decode(x, rope, step, keys, values)
+            return cast(Tensor, self.model.norm(x))
+
+    def _embed(self, tokens: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Rope]:
+        if longest > len(self._cos):
+            raise ConfigError([f"a sequence of {longest} tokens does not fit the model's {len(self._cos)} positions"],
+                              next_step="Raise policy.max_positions, or lower rollout.max_new_tokens or the prompts.")
+        rope = self._cos[positions], self._sin[positions]
+        return F.embedding(tokens, self.model.embed_tokens.weight), rope
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """What all layers of one decoding step share."""
+
+    columns: int
+    """Cache columns in use."""
+    cells: tuple[Tensor | slice | int, ...]
+    """Where the step's keys and values go in [B, kv_heads, T, D]."""
+    mask: Tensor
+    """[B * kv_heads, 1, columns], -inf at positions a row has not reached; one 0 where all rows are equally long."""
+
+    @classmethod
+    def at(cls, positions: Tensor, like: Tensor) -> _Step:
+        """The step at `positions` [B] of a cache whose keys are `like`."""
+        low, high = (int(p) for p in positions.aminmax())
+        if low == high:
+            return cls(high + 1, (slice(None), slice(None), high), like.new_zeros(1, 1, 1))
+        rows, columns = (torch.arange(n, device=like.device) for n in (len(positions), high + 1))
+        beyond = (columns > positions[:, None]).repeat_interleave(like.shape[1], 0)[:, None, :]
+        mask = like.new_zeros(beyond.shape).masked_fill_(beyond, float("-inf"))
+        return cls(high + 1, (rows, slice(None), positions), mask)
+
+
+def rope_table(shape: Shape, dtype: torch.dtype, device: torch.device) -> Rope:
+    """cos and signed sin of position * theta^(-2i/D), each [max_positions, 1, D], repeated for both halves.
+
+    Computed in float64 and kept in float32 or better: in bfloat16 neighbouring positions would coincide.
+    """
+    D = shape.head_dim
+    frequency = shape.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angle = torch.arange(shape.max_position_embeddings, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
+    return torch.cat([cos, cos], -1).to(device, dtype), torch.cat([-sin, sin], -1).to(device, dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of [M, heads, D] by its position's angle (2104.09864, eq. 34), in float32."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """q [M, heads, D], k and v [M, kv_heads, D] -> [M, heads, D], block by block."""
+    grouped = q.shape[1] != k.shape[1]
+    parts = []
+    for block in layout.blocks:
+        qb, kb, vb = (block.pad(x).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, enable_gqa=grouped)
+        parts.append(block.unpad(attended.transpose(1, 2)))
+    if layout.inverse is None:
+        return parts[0] if parts else q
+    return torch.cat(parts).index_select(0, layout.inverse)

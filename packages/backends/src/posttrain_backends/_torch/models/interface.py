@@ -1,0 +1,110 @@
+"""What the learner and the engines ask of a model: hidden states of ragged tokens, and an output matrix.
+
+Knows no model, no loss and no sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from posttrain_backends._torch.layout import Layout
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class KVCache:
+    """Keys (after the rotary embedding) and values of B rows of up to T tokens, allocated once."""
+
+    keys: list[Tensor]
+    """Per layer [B, kv_heads, T, D]."""
+    values: list[Tensor]
+    """Per layer [B, kv_heads, T, D]."""
+
+    @property
+    def rows(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.keys[0].shape[2]
+
+    def write(self, rows: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Put the keys and values [m, kv_heads, D] of each layer at (rows[m], positions[m])."""
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.keys[layer][rows, :, positions] = k.to(self.keys[layer].dtype)
+            self.values[layer][rows, :, positions] = v.to(self.values[layer].dtype)
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal language model on flat ragged tokens."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type matrices are multiplied in."""
+        ...
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, H]; logits are `hidden @ output_weight.T`."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence; None where the model sets no limit."""
+        ...
+
+    def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """[M] token ids -> [M, H], what the output matrix is applied to."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision the model computes in. `hidden`, `prefill` and `decode` enter it themselves; a loop over
+        `decode` holds it open, so that the weights are cast once and not in every step."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers under canonical names, live."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True, /) -> LanguageModel: ...
+
+
+@runtime_checkable
+class CachedLanguageModel(LanguageModel, Protocol):
+    """A language model that can continue from cached keys and values."""
+
+    def new_cache(self, rows: int, columns: int) -> KVCache:
+        """An empty cache of the model's own shape, type and device."""
+        ...
+
+    def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """[M] -> hidden [M, H] and per layer keys and values, each [M, kv_heads, D]."""
+        ...
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
+        """One token [B] per cache row at `positions` [B] -> hidden [B, H].
+
+        Writes its keys and values there and attends to positions up to its own. `rows` names the cache rows where
+        they are not all.
+        """
+        ...
+
+
+Precision = Literal["float32", "bf16", "float64"]
+PARAMETER_DTYPE: Mapping[str, torch.dtype] = {
+    "float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+COMPUTE_DTYPE: Mapping[str, torch.dtype] = {**PARAMETER_DTYPE, "bf16": torch.bfloat16}
+"""Precision -> the type of parameters, and the type matrices are multiplied in."""
+
+
+def autocast_to(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Multiplies matrices in bfloat16 where `precision` is `bf16`, else leaves types alone; parameters keep theirs."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

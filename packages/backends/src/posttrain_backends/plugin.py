@@ -1,0 +1,19 @@
+"""What this package offers, as data: listing it imports neither the components nor a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from posttrain.hookspecs import Component, hookimpl
+
+
+@hookimpl
+def components() -> Iterable[Component]:
+    """Model backends and rollout engines."""
+    return (
+        Component("backend", "torch", "posttrain_backends.torch_native:Torch",
+                  "native Llama-family transformer or your own torch module, CPU or CUDA",
+                  source="Touvron et al. 2023, arXiv 2302.13971"),
+        Component("engine", "batched", "posttrain_backends.engines:Batched",
+                  "own decoding loop on the policy's torch weights, finished rows refilled at once"),
+    )

@@ -1,0 +1,167 @@
+"""The backend `torch`: a small native transformer, or a module of the user's own, on CPU or CUDA.
+
+This is the light part: it checks sizes and names; what computes is imported on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, final
+
+from posttrain.errors import ConfigError, PluginError
+from posttrain.protocols import LoadRequest, Output
+
+if TYPE_CHECKING:
+    import torch
+
+    from posttrain_backends._torch.learner import TorchLearner
+    from posttrain_backends._torch.models.decoder import Decoder, Shape
+    from posttrain_backends._torch.models.user import UserModel
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """A decoder-only transformer of the Llama family, or your own module (`file`), trained with torch.
+
+    >>> Torch(hidden_size=96, heads=5)
+    Traceback (most recent call last):
+    ValueError: hidden_size 96 is not a multiple of heads 5: take one of the divisors 1, 2, 3, 4, 6, 8, 12, 16
+    """
+
+    hidden_size: int = 128
+    """Width of the hidden states."""
+    layers: int = 4
+    """Transformer layers."""
+    heads: int = 4
+    """Attention heads; must divide `hidden_size`."""
+    kv_heads: int = 2
+    """Key and value heads, each shared by `heads / kv_heads` queries."""
+    intermediate_size: int = 0
+    """Width of the MLP; 0 takes 8/3 of `hidden_size`, rounded up to a multiple of 32."""
+    max_positions: int = 2048
+    """Longest sequence, prompt and answer together."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    tied_embeddings: bool = False
+    """Whether the output matrix is the embedding."""
+    weights: str = field(default="", metadata={"path": True})
+    """A folder written by a run, or a Hugging Face Llama folder. Sizes then come from its `config.json`."""
+    file: str = field(default="", metadata={"path": True})
+    """`model.py:build`: your own module, `build(vocab_size) -> torch.nn.Module`, with `forward(tokens[S, T],
+    positions[S, T]) -> hidden [S, T, H]` and `lm_head`. Sizes above do not apply to it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """`bf16` multiplies matrices in bfloat16 and keeps weights, gradients and moments in float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
+    head_chunk: int = 0
+    """Rows of logits that exist at a time; 0 chooses by device and vocabulary."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "kv_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.intermediate_size < 0 or self.head_chunk < 0 or self.rope_theta <= 0:
+            raise ValueError("intermediate_size and head_chunk must not be negative, rope_theta must be positive")
+        if self.hidden_size % self.heads:
+            divisors = [str(n) for n in range(1, 17) if self.hidden_size % n == 0]
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}: take one of "
+                             f"the divisors {', '.join(divisors)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.hidden_size // self.heads % 2:
+            raise ValueError(f"hidden_size / heads is {self.hidden_size // self.heads}, rotary positions need it even")
+        if self.file and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is for the native transformer; a module from `file` uses "
+                             "torch.utils.checkpoint itself")
+
+    @property
+    def framework(self) -> str:
+        return "torch"
+
+    @property
+    def provides(self) -> frozenset[Output]:
+        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES})
+
+    def load(self, request: LoadRequest) -> TorchLearner:
+        """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
+        if find_spec("torch") is None:
+            raise PluginError(["backend 'torch' needs torch, which is not installed: "
+                               "pip install 'posttrain-backends[torch]'"])
+        import torch
+
+        from posttrain_backends._torch.learner import TorchLearner
+        from posttrain_backends._torch.models import files
+
+        if request.threads:
+            torch.set_num_threads(request.threads)
+        if request.optimization is not None:
+            torch.manual_seed(request.seed)  # dropout in a module of the user's draws from torch's own generator
+        model, config = self._user_model(request) if self.file else self._decoder(request)
+        learner = TorchLearner(model, config=config, optimization=request.optimization,
+                               value_heads=request.value_heads, head_rows=self.head_chunk, comm=request.comm)
+        if self.weights:
+            folder = Path(self.weights)
+            files.copy_named(files.read_weights(folder).items(), model.state_dict(), f"policy.weights {folder}")
+            found = files.read_value_head(folder)
+            if found and learner.value_head is not None:
+                files.copy_named(found.items(), learner.value_head.state_dict(), f"the value head in {folder}")
+        return learner
+
+    def _decoder(self, request: LoadRequest) -> tuple[Decoder, Mapping[str, object]]:
+        from posttrain_backends._torch.models.decoder import Decoder
+        from posttrain_backends._torch.models.files import llama_config
+
+        shape = self._shape(request.vocab_size)
+        model = Decoder(shape, seed=request.seed, device=self._device(), precision=self.precision,
+                        gradient_checkpointing=self.gradient_checkpointing)
+        return model, llama_config(shape)
+
+    def _user_model(self, request: LoadRequest) -> tuple[UserModel, Mapping[str, object]]:
+        from posttrain_backends._torch.models.user import load_user_model
+
+        if not request.vocab_size:
+            raise ConfigError(["policy.file needs a tokenizer with a vocabulary, to build its embedding"])
+        model = load_user_model(self.file, request.vocab_size, seed=request.seed, precision=self.precision,
+                                device=self._device())
+        return model, {"model_type": "user", "file": self.file, "vocab_size": request.vocab_size}
+
+    def _shape(self, vocab_size: int) -> Shape:
+        """Sizes of the decoder, from the folder of weights where there is one."""
+        from posttrain_backends._torch.models.decoder import Shape
+        from posttrain_backends._torch.models.files import read_shape
+
+        if self.weights:
+            shape = read_shape(Path(self.weights))
+            if vocab_size and vocab_size != shape.vocab_size:
+                raise ConfigError(
+                    [f"policy.weights {self.weights} has a vocabulary of {shape.vocab_size}, the tokenizer needs "
+                     f"{vocab_size}"],
+                    next_step="Take the tokenizer the weights were trained with; token ids would mean something else.")
+            return shape
+        if not vocab_size:
+            raise ConfigError(["a new torch model needs a tokenizer with a vocabulary, to size its embedding"])
+        return Shape(
+            vocab_size=vocab_size, hidden_size=self.hidden_size, num_hidden_layers=self.layers,
+            intermediate_size=self.intermediate_size or 32 * -(-self.hidden_size * 8 // 96),
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden_size // self.heads, max_position_embeddings=self.max_positions,
+            rope_theta=self.rope_theta, tie_word_embeddings=self.tied_embeddings)
+
+    def _device(self) -> torch.device:
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(["policy.device is 'cuda', and torch finds no CUDA device"],
+                              next_step="Set policy.device=auto or cpu, or install a torch build with CUDA.")
+        name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+        if self.precision == "bf16" and name == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ConfigError(["policy.precision is 'bf16', which this CUDA device does not compute"],
+                              next_step="Set policy.precision=float32.")
+        return device

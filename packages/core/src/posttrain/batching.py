@@ -1,0 +1,121 @@
+"""How one optimiser step is split into micro-batches: plan units under a token budget, then cut them out.
+
+Knows arrays and counts, no framework and no loss. A unit (an episode, or a group where the objective compares its
+answers) is never split; everything else about the split leaves loss and gradient unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import numpy as np
+
+from posttrain.data import Counts, MicroBatch, Rollouts, Weights, offsets_of, ragged_indices
+from posttrain.errors import MemoryExhausted
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepData:
+    """The episodes of one optimiser step on this rank, their weights, and the columns the objective needs."""
+
+    rollouts: Rollouts
+    keep: np.ndarray
+    """[N] bool"""
+    weights: Weights
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """`MicroBatch` field -> [N], [k, N] or [m, N]; the action axis is the last one."""
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def counts_of(rollouts: Rollouts, keep: np.ndarray) -> Counts:
+    """Counts of one rank; add over ranks with `Comm.sum` before weights are made."""
+    per_episode = np.bincount(rollouts.action_episode[keep], minlength=rollouts.n_episodes)
+    return Counts(actions=int(per_episode.sum()), episodes=int((per_episode > 0).sum()), episode_actions=per_episode)
+
+
+def units_of(rollouts: Rollouts, keep: np.ndarray, unit: Literal["action", "episode", "group"]) -> list[np.ndarray]:
+    """Episodes that must stay together, each list in order; episodes without a kept action are left out."""
+    alive = np.unique(rollouts.action_episode[keep])
+    if unit != "group":
+        return [np.array([e]) for e in alive]
+    groups = rollouts.group[alive]
+    return [alive[groups == g] for g in np.unique(groups)]
+
+
+def first_fit_decreasing(costs: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Bins of item numbers: the costliest first, each into the first bin that has room (Johnson 1973).
+
+    A tree over the bins' free room finds that bin in O(log n). An item over the budget gets a bin of its own.
+
+    >>> [b.tolist() for b in first_fit_decreasing(np.array([3, 5, 2, 4]), 7)]
+    [[1, 2], [3, 0]]
+    """
+    n = len(costs)
+    leaves = 1 << max(n - 1, 0).bit_length()
+    room = [budget] * (2 * leaves)
+    bins: list[list[int]] = []
+    for item in np.argsort(-costs, kind="stable").tolist():
+        cost = min(int(costs[item]), budget)
+        node = 1
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= cost else 2 * node + 1
+        if node - leaves == len(bins):
+            bins.append([])
+        bins[node - leaves].append(item)
+        room[node] -= cost
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [np.array(b) for b in bins]
+
+
+def smaller_budget(costs: np.ndarray, parts: Sequence[np.ndarray], error: MemoryExhausted) -> int:
+    """Half of the largest part; raises where every part is a single unit already."""
+    if all(len(p) <= 1 for p in parts):
+        raise MemoryExhausted(
+            f"memory ran out although every micro-batch holds a single unit (the largest has {int(costs.max())} "
+            "tokens); shorten rollout.max_new_tokens, switch on policy.gradient_checkpointing or use a smaller model"
+        ) from error
+    return max(1, max(int(costs[p].sum()) for p in parts) // 2)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FirstFit:
+    """First-fit decreasing under a fixed budget of tokens; shrinks only after running out of memory."""
+
+    tokens: int = 16384
+    """Tokens of one micro-batch."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+
+    def plan(self, costs: np.ndarray, budget: int) -> list[np.ndarray]:
+        return first_fit_decreasing(costs, budget)
+
+
+def cut(step: StepData, episodes: np.ndarray) -> MicroBatch:
+    """The micro-batch of the given episodes (NumPy columns, kept actions only); no episodes give an empty one."""
+    whole, part = step.rollouts, step.rollouts.select(episodes)
+    actions = whole.episode_actions
+    chosen = ragged_indices(offsets_of(actions)[episodes], actions[episodes])
+    kept = step.keep[chosen]
+    chosen = chosen[kept]
+    lengths = np.diff(part.offsets)
+    episode = part.action_episode[kept]
+    weights = step.weights
+    zero = np.zeros(len(chosen))
+    def column(x: np.ndarray | None) -> np.ndarray:
+        return zero if x is None else x[chosen]
+    return MicroBatch(
+        tokens=part.tokens, sequence=np.repeat(np.arange(len(lengths)), lengths),
+        positions=np.arange(len(part.tokens)) - np.repeat(part.offsets[:-1], lengths),
+        token_weight=np.zeros(len(part.tokens)), source=part.source[kept], episode=episode,
+        group=np.unique(part.group, return_inverse=True)[1],
+        count=np.maximum(np.bincount(episode, minlength=len(episodes)), 1),
+        last=np.cumsum(part.episode_tokens) - 1, weight=column(weights.weight), kl_weight=column(weights.kl_weight),
+        value_weight=column(weights.value_weight), temperature=whole.sampling.temperature, constants=step.constants,
+        **{name: values[..., chosen] for name, values in step.columns.items()})

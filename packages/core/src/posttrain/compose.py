@@ -1,0 +1,166 @@
+"""From a config to the parts of a run: check that needs are provided, then load tokenizer, rows, models, sampler.
+
+Everything that can be wrong is found before any weight is loaded. Core's only room that puts parts together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from posttrain.comm import SingleProcess
+from posttrain.config import SHARED_CRITIC, Loaded
+from posttrain.errors import ConfigError, Problem
+from posttrain.loss import KLTerm, Measured, Sum
+from posttrain.protocols import LoadRequest, Need, Objective, Optimization, Output, PromptSource, Scorer, Tokenizer
+from posttrain.registry import Registry
+from posttrain.schema import Settings
+from posttrain.state import RunState
+from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of
+from posttrain.update import Trained
+
+
+def reward_columns(settings: Settings) -> tuple[str, ...]:
+    """The columns that are estimated one by one."""
+    several = settings.combiner is not None or settings.gradient_combiner is not None
+    return tuple(settings.rewards) if several else (SUM,)
+
+
+def needs_of(settings: Settings) -> frozenset[Need]:
+    """Batch columns that some part of an RL run needs."""
+    needs: frozenset[Need] = settings.estimator.needs | settings.objective.needs
+    if settings.correction is not None:
+        needs |= settings.correction.needs
+    if settings.kl.placement != "none":
+        needs |= {Need.REF_LOGPROBS}
+    recomputed = optimiser_steps(settings) > 1 and not ratio_to_sampler(settings)
+    if recomputed or settings.kl.placement == "reward" or sampling_of(settings).truncates:
+        needs |= {Need.LOGPROBS}
+    return needs
+
+
+def check(loaded: Loaded) -> None:
+    """Raise `ConfigError` with everything that does not fit together. Loads nothing."""
+    settings = loaded.settings
+    problems = [Problem("task is not set; name the rows to learn from (task: {use: rows, path: data.jsonl})")
+                ] if settings.task is None else []
+    if settings.loop == "rl":
+        problems += _check_rl(loaded)
+    elif Need.ADVANTAGES in settings.objective.needs:
+        problems.append(Problem(f"loop: supervised cannot train objective '{_name(loaded, 'objective')}', which needs "
+                                "advantages; choose objective: sft or loop: rl"))
+    if problems:
+        raise ConfigError(problems, "the configuration does not fit together:")
+
+
+def _name(loaded: Loaded, key: str) -> str:
+    return loaded.components[key].name if key in loaded.components else key
+
+
+def _check_rl(loaded: Loaded) -> list[Problem]:
+    settings, problems = loaded.settings, []
+    if not settings.rewards:
+        problems.append(Problem("rewards is empty; name at least one, for example rewards: {correct: exact_match}"))
+    if Need.ADVANTAGES not in settings.objective.needs:
+        problems.append(Problem(f"objective '{_name(loaded, 'objective')}' learns from given answers; "
+                                "use loop: supervised (recipe: sft)"))
+    if Need.VALUES in settings.estimator.needs and settings.critic is None:
+        problems.append(Problem(f"estimator '{_name(loaded, 'estimator')}' needs 'values'; add a critic "
+                                f"(critic: policy) or use one of: {', '.join(_without_values(loaded.registry))}"))
+    for key in ("estimator", "correction"):
+        part = getattr(settings, key)
+        if part is not None and Need.ACTION_VALUES in part.needs:
+            problems.append(Problem(f"{key} '{_name(loaded, key)}' needs 'action_values', which no backend provides"))
+    if settings.combiner is not None and settings.gradient_combiner is not None:
+        problems.append(Problem("combiner mixes advantages and gradient_combiner mixes gradients; choose one"))
+    if len(reward_columns(settings)) > 1 and settings.kl.placement == "reward":
+        problems.append(Problem("kl.placement: reward would be taken from every reward column; use placement: loss"))
+    if Output.LOGPROBS not in settings.policy.provides:
+        problems.append(Problem(f"backend '{_name(loaded, 'policy')}' gives no log-probs and cannot be a policy"))
+    if settings.replay.reuse > settings.replay.capacity:
+        problems.append(Problem("replay.reuse is larger than replay.capacity; no more can be reused than is kept"))
+    if ratio_to_sampler(settings) and settings.correction is not None:
+        problems.append(Problem("update.old_logprobs: behavior corrects for the sampler in the ratio; a correction "
+                                "would do it twice"))
+    return problems
+
+
+def _without_values(registry: Registry) -> list[str]:
+    """Installed estimators that need no critic."""
+    names = registry.names("estimator")
+    return [name for name in names if Need.VALUES not in registry.create("estimator", name).needs]
+
+
+def objective_of(settings: Settings, registry: Registry) -> Sum:
+    """The policy's whole loss."""
+    if settings.loop == "supervised":
+        return Sum((settings.objective,))
+    objective: Objective = settings.objective
+    if settings.gradient_combiner is not None:
+        objective = replace(objective, slots=reward_columns(settings))  # type: ignore[type-var]  # components are dataclasses
+    parts: list[Objective] = [objective]
+    if settings.kl.placement == "loss":
+        parts.append(KLTerm(settings.kl))
+    if settings.critic == SHARED_CRITIC:
+        parts.append(settings.value_objective)
+    if settings.update.entropy_coef:
+        parts.append(registry.create("objective", "entropy"))
+    return Sum((*parts, Measured(reference=settings.kl.placement != "none")))
+
+
+def optimization_of(settings: Settings, block: Optimization) -> Optimization:
+    """The optimiser block with the length of the schedule filled in."""
+    steps = settings.steps * (optimiser_steps(settings) if settings.loop == "rl" else 1)
+    return block if block.total_steps else replace(block, total_steps=steps)
+
+
+def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
+    """Tokenizer and rows; every malformed row is reported here."""
+    tokenizer = settings.tokenizer.load()
+    return tokenizer, settings.task.load(tokenizer)
+
+
+def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:
+    """What the policy's backend is asked for."""
+    return LoadRequest(
+        tokenizer.vocab_size, value_heads=len(reward_columns(settings)) if settings.critic == SHARED_CRITIC else 0,
+        seed=settings.seed, threads=settings.threads, optimization=optimization_of(settings, settings.optimizer),
+        comm=SingleProcess())
+
+
+def build(loaded: Loaded) -> Parts:
+    """Load everything. The order matters: what is cheap and often wrong comes first."""
+    check(loaded)
+    settings = loaded.settings
+    tokenizer, source = open_task(settings)
+    needs = needs_of(settings) if settings.loop == "rl" else settings.objective.needs
+    columns = reward_columns(settings)
+    request = policy_request(settings, tokenizer)
+    policy = settings.policy.load(request)
+    trained = [Trained(policy, objective_of(settings, loaded.registry))]
+    critic: Scorer | None = policy if settings.critic == SHARED_CRITIC else None
+    if settings.critic is not None and critic is None:
+        block = settings.critic_optimizer or settings.optimizer
+        learner = settings.critic.load(replace(
+            request, value_heads=len(columns), optimization=optimization_of(settings, block)))
+        trained.append(Trained(learner, Sum((settings.value_objective,)), prefix="critic/"))
+        critic = learner
+    reference = None
+    if Need.REF_LOGPROBS in needs:
+        reference = (settings.reference or settings.policy).load(replace(request, value_heads=0, optimization=None))
+    engine, stale = settings.rollout.engine, settings.rollout.staleness > 0
+    evaluator = engine.start(policy, tokenizer, shared=True)
+    sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
+    return Parts(
+        tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
+        sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()), columns=columns,
+        estimator=settings.estimator, correction=settings.correction, combiner=settings.combiner,
+        gradient_combiner=settings.gradient_combiner, kl=settings.kl, batching=settings.batching,
+        comm=request.comm, needs=needs)
+
+
+def initial_state(parts: Parts, settings: Settings) -> RunState:
+    """The state before the first step."""
+    return RunState(
+        budget=parts.batching.tokens, kl=parts.kl.init(),
+        combiner=None if parts.combiner is None else parts.combiner.init(parts.columns),
+        gradient_combiner=None if parts.gradient_combiner is None else parts.gradient_combiner.init(parts.columns))

@@ -1,0 +1,312 @@
+"""From a configuration to `Settings`: layers merged, values checked, components created, every problem at once.
+
+Knows the schema and the registry; imports no framework and loads no weights.
+Order, low to high: field defaults < preset < recipe < `extends:` < file < command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from posttrain.annotations import Key, construct, convert, dotted
+from posttrain.errors import ConfigError, InputError, Problem, did_you_mean
+from posttrain.hookspecs import Component
+from posttrain.layers import (
+    Layer,
+    Mark,
+    Reading,
+    at,
+    merge,
+    names_part,
+    read_file,
+    read_mapping,
+    read_setting,
+    resolve,
+    slots,
+    where,
+)
+from posttrain.recipes import RECIPES
+from posttrain.registry import Registry, import_file
+from posttrain.schema import Settings
+
+SHARED_CRITIC = "policy"
+"""`critic: policy` names no component: values come from a head on the policy's trunk."""
+
+SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
+"""Fields of trackers whose literal values are not written to a run directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardEntry:
+    """A named reward: what is called, and its weight in the sum."""
+
+    name: str
+    call: Callable[..., Any]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration that was read and is right as far as values, types and names go."""
+
+    settings: Settings
+    tree: DictConfig
+    """All layers merged, components as `{use: name, ...}`, `${...}` not resolved, paths absolute."""
+    components: Mapping[str, Component]
+    """By key (`estimator`, `rewards.correct`); parts from a file or from Python have none."""
+    files: Mapping[str, str]
+    """Path -> SHA-256 of every user file that was read: configurations, plugins, Python files."""
+    registry: Registry
+    """The given registry and the configuration's own `plugins:`."""
+    base: Path
+    """The folder that paths of the configuration are relative to."""
+    name: str
+    """Of the configuration: the file's name without its ending, or `run`."""
+
+
+def load(source: Path | Mapping[str, Any], overrides: Sequence[str], registry: Registry) -> Loaded:
+    """Read a YAML file or a dict, and `key=value` settings over it. Raises one `ConfigError` with every problem."""
+    reading = Reading()
+    tree, marks = _merged(source, overrides, reading)
+    base = source.resolve().parent if isinstance(source, Path) else Path.cwd()
+    registry = _with_plugins(tree, marks, registry, reading)
+    values = resolve(tree, marks, reading.problems)
+    for key, mark in marks.items():
+        if mark.value is not None and isinstance(parent := at(values, key[:-1]), dict):
+            parent[key[-1]] = mark.value
+    values.pop("recipe", None)
+    for name in set(values) - {f.name for f in fields(Settings)}:
+        if name != "extends" and (hint := did_you_mean(name, ("recipe", "extends"))):  # keys that only layers have
+            values.pop(name)
+            reading.problems.append(Problem(f"{name} is not a key{hint}", where(marks, (name,))))
+    builder = _Builder(registry, marks, tree, reading)
+    settings = builder.settings(values)
+    if reading.problems or settings is None:
+        title = f"{source if isinstance(source, Path) else 'the configuration'} cannot be run:"
+        problems = sorted(reading.problems, key=_line)
+        raise ConfigError(problems, title if len(problems) > 1 else "")
+    return Loaded(settings, OmegaConf.create(tree), builder.components, reading.files, registry, base,
+                  source.stem if isinstance(source, Path) else "run")
+
+
+def to_yaml(loaded: Loaded) -> str:
+    """What a run directory keeps: running this file repeats the run. Literal secrets of trackers are left out."""
+    tree: dict[str, Any] = OmegaConf.to_container(loaded.tree)  # type: ignore[assignment]  # a dict stays one
+    for slot, meta in slots():
+        holder = at(tree, slot[:-1])
+        parts = holder[slot[-1]] if meta.get("many") else holder
+        for name in list(parts) if meta.get("many") else [slot[-1]]:
+            node = _redacted(parts[name]) if meta["kind"] == "tracker" else parts[name]
+            parts[name] = node["use"] if isinstance(node, dict) and set(node) == {"use"} else node
+    return OmegaConf.to_yaml(OmegaConf.create({key: tree[key] for key in ("recipe", *tree) if key in tree}))
+
+
+def derived(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Sizes that follow from the settings, as (what, value) rows."""
+    if settings.loop == "supervised":
+        return (("episodes per optimiser step", f"{settings.batch_size:,}"),
+                ("optimiser steps in all", f"{settings.steps:,}"),
+                ("episodes in all", f"{settings.steps * settings.batch_size:,}"))
+    rollout, update = settings.rollout, settings.update
+    fresh = rollout.prompts_per_step * rollout.group_size
+    trained = fresh + settings.replay.reuse
+    optimiser = update.steps_per_rollout * update.epochs
+    per_step = f"{trained // update.steps_per_rollout:,}" + (
+        f" to {-(-trained // update.steps_per_rollout):,}" if trained % update.steps_per_rollout else "")
+    return (
+        ("episodes per step", f"{fresh:,} ({rollout.prompts_per_step} prompts x {rollout.group_size} answers)"
+         + (f" and {settings.replay.reuse:,} replayed" if settings.replay.reuse else "")),
+        ("optimiser steps per rollout", f"{optimiser:,} ({update.steps_per_rollout} minibatches x {update.epochs} "
+                                        "passes)"),
+        ("episodes per optimiser step", per_step),
+        ("optimiser steps in all", f"{settings.steps * optimiser:,}"),
+        ("new tokens per step, at most", f"{fresh * rollout.max_new_tokens:,}"),
+        ("new tokens in all, at most", f"{settings.steps * fresh * rollout.max_new_tokens:,}"))
+
+
+def _merged(source: Path | Mapping[str, Any], overrides: Sequence[str],
+            reading: Reading) -> tuple[dict[str, Any], dict[Key, Mark]]:
+    """All layers as one tree; the recipe is the one that the highest layer names."""
+    given = read_file(source, reading) if isinstance(source, Path) else read_mapping(source, reading)
+    if reading.problems and not given:
+        raise ConfigError(reading.problems)
+    base = source.resolve().parent if isinstance(source, Path) else Path.cwd()
+    given += [layer for text in overrides for layer in read_setting(text, base, reading)]
+    chosen = next((layer for layer in reversed(given) if "recipe" in layer.tree), None)
+    layers = [_layer(_defaults(Settings), "default", base)]
+    if chosen is not None and (name := chosen.tree["recipe"]) is not None:
+        if name in RECIPES:
+            layers.append(_layer(RECIPES[name].settings, f"recipe {name}", base))
+        else:
+            reading.problems.append(Problem(f"recipe '{name}' not found{did_you_mean(str(name), RECIPES)}  recipes: "
+                                            f"{', '.join(RECIPES)}", where(chosen.marks, ("recipe",))))
+    return merge([*layers, *given], reading.problems)
+
+
+def _layer(settings: Mapping[str, Any], name: str, base: Path) -> Layer:
+    """A layer of values that no user wrote."""
+    layer = Layer({k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()})
+    layer.marks = {(key,): Mark(name, base) for key in layer.tree}
+    for key, value in layer.tree.items():
+        layer.marks |= {(key, below): Mark(name, base) for below in value} if isinstance(value, dict) else {}
+    return layer
+
+
+def _defaults(block: Any) -> dict[str, Any]:
+    """The schema's own defaults as plain values."""
+    values = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(block)}
+    return {name: _defaults(type(v)) if is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+            for name, v in values.items()}
+
+
+def _with_plugins(tree: dict[str, Any], marks: Mapping[Key, Mark], registry: Registry, reading: Reading) -> Registry:
+    """The registry with the files under `plugins:`; their paths in `tree` become absolute."""
+    names = tree.get("plugins")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return registry  # of a wrong type: reported with all other keys
+    base = marks["plugins",].base
+    tree["plugins"] = [str((base / name).resolve()) for name in names]
+    paths, written = [Path(name) for name in tree["plugins"]], where(marks, ("plugins",))
+    for path in [p for p in paths if not p.is_file()]:
+        reading.problems.append(Problem(f"plugins: no such file: {path}", written))
+    found = [path for path in paths if path.is_file()]
+    for path in found:
+        reading.record(path)
+    extended = registry.extended(found)
+    reading.problems += [Problem(f"plugins: {b.distribution}: {b.error}", written) for b in extended.broken
+                         if Path(b.distribution) in found]
+    return extended
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Turns component nodes of the resolved tree into components, and notes every problem on the way."""
+
+    registry: Registry
+    marks: Mapping[Key, Mark]
+    tree: dict[str, Any]
+    reading: Reading
+    components: dict[str, Component] = field(default_factory=dict)
+
+    def problem(self, key: Key, message: str) -> None:
+        """Note what is wrong, with the place where `key` was written."""
+        self.reading.problems.append(Problem(message, where(self.marks, key)))
+
+    def settings(self, values: dict[str, Any]) -> Settings | None:
+        """The whole configuration, or None where something in it is wrong."""
+        return construct(Settings, values, (), self.problem, special=self.slot)  # type: ignore[no-any-return]
+
+    def slot(self, f: Field[Any], value: Any, key: Key) -> Any:
+        """What a key of components holds: one, none, or a map of names to them."""
+        kind = f.metadata["kind"]
+        if not f.metadata.get("many"):
+            absent = {"use": "none"} if "none" in self.registry.names(kind) else None
+            return None if f.default is value is None else self.part(
+                kind, absent if value is None else value, key, f.default is None)
+        if not isinstance(value, dict):
+            return self.problem(key, f"{dotted(key)} must be a map of names to components, as in {dotted(key)}: "
+                                     f"{{my_name: NAME}}, got {value!r}")
+        return {name: self.part(kind, node, (*key, name)) for name, node in value.items() if node is not None}
+
+    def part(self, kind: str, node: Any, key: Key, optional: bool = False) -> Any:
+        """The component under `key`; a reward becomes a `RewardEntry`."""
+        if not isinstance(node, dict) or not names_part(kind, node):
+            hint = "; quote the word if YAML took it for true or false" if isinstance(node, bool) else ""
+            name = dotted(key)
+            return self.problem(key, f"{name} must name a component of kind {kind}, as in {name}: NAME or {name}: "
+                                     f"{{use: NAME, field: value}}, got {node!r}{hint}")
+        given = {k: v for k, v in node.items() if k != ("use" if "use" in node else "file")}
+        if kind == "reward":
+            weight = convert(float, given.pop("weight", 1.0), (*key, "weight"), self.problem)
+            return RewardEntry(str(key[-1]), self.made(kind, node, given, key), weight)
+        if node.get("use") == "none" and optional and "none" not in self.registry.names(kind):
+            return None
+        shared = (key, node) == (("critic",), {"use": SHARED_CRITIC})
+        return SHARED_CRITIC if shared else self.made(kind, node, given, key)
+
+    def made(self, kind: str, node: Mapping[str, Any], given: dict[str, Any], key: Key) -> Any:
+        """The component that `use` or `file` names, with the given fields; an object from Python as it is."""
+        if "use" not in node:
+            return self.from_file(kind, node["file"], given, key)
+        if not isinstance(name := node["use"], str):
+            if given or self.marks[*key, "use"].value is None:
+                self.problem((*key, "use"), f"{dotted(key)}: use names a component, or is an object from Python that "
+                                            f"takes no further fields; got {name!r}")
+            return name
+        try:
+            component = self.registry.resolve(kind, name)
+            given = self.located(self.registry.load(component), given, key)
+        except InputError as error:
+            python = "; it was a Python object: write it as file: path.py:name" if name.startswith("<python: ") else ""
+            return self.problem((*key, "use"), f"{error}{python}")
+        self.components[dotted(key)] = component
+        return self.registry.build(component, given, key, self.problem)
+
+    def located(self, target: Any, given: dict[str, Any], key: Key) -> dict[str, Any]:
+        """The given fields, those with metadata of `path` made absolute (`model.py:name` keeps its `:name`); what they
+        name must exist."""
+        for f in fields(target) if is_dataclass(target) else ():
+            if f.metadata.get("path") and isinstance(value := given.get(f.name), str) and value:
+                name, suffix = re.fullmatch(r"(.*?)((?<=\.py):\w+)?", value, re.DOTALL).groups("")  # type: ignore[union-attr]  # matches any text
+                path = self.absolute((*key, f.name), name)
+                if not path.exists():
+                    self.problem((*key, f.name), f"{dotted((*key, f.name))}: no such file: {path}")
+                elif path.suffix == ".py":
+                    self.reading.record(path)
+                given[f.name] = at(self.tree, key)[f.name] = f"{path}{suffix}"
+        return given
+
+    def absolute(self, key: Key, value: str) -> Path:
+        """A path, relative to the file where it was written."""
+        base = next(self.marks[key[:n]].base for n in range(len(key), 0, -1) if key[:n] in self.marks)
+        return (base / value).resolve()
+
+    def from_file(self, kind: str, location: Any, given: dict[str, Any], key: Key) -> Any:
+        """What `file: path.py:name` names: a reward, or what makes a task (or a list of its rows) from the fields."""
+        here = (*key, "file")
+        if not isinstance(location, str) or ":" not in location:
+            return self.problem(here, f"{dotted(here)} must be path.py:name, got {location!r}")
+        file, _, attribute = location.rpartition(":")
+        path = self.absolute(here, file)
+        at(self.tree, key)["file"] = f"{path}:{attribute}"
+        if not path.is_file():
+            return self.problem(here, f"{dotted(here)}: no such file: {path}")
+        try:
+            self.reading.record(path)
+            names = vars(import_file(path))
+            if attribute not in names:
+                hint = did_you_mean(attribute, [name for name in names if not name.startswith("_")])
+                return self.problem(here, f"{dotted(here)}: {file} has no '{attribute}'{hint}")
+            return self.called(kind, names[attribute], given, key)
+        except Exception as error:  # the user's own code may raise anything
+            return self.problem(here, f"{dotted(here)}: {location} raised {type(error).__name__}: {error}")
+
+    def called(self, kind: str, target: Any, given: dict[str, Any], key: Key) -> Any:
+        """A reward function with its fields bound; a component of the class, or the task that a function makes."""
+        if isinstance(target, type) and is_dataclass(target):
+            given = self.located(target, given, key)
+            return construct(target, given, key, self.problem, f"a field of {target.__name__}")
+        if not isinstance(target, type) and (kind == "reward" or not callable(target)):
+            return partial(target, **given) if given else target
+        made = target(**given)
+        return self.registry.create("task", "rows", rows=tuple(made)) if isinstance(made, list | tuple) else made
+
+
+def _line(problem: Problem) -> tuple[str, int]:
+    """Problems of a file in the order of its lines."""
+    file, _, line = problem.where.rpartition(":")
+    return (file, int(line)) if line.isdigit() else ("\uffff", 0)
+
+
+def _redacted(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) and "${" not in v else v
+            for k, v in node.items()}

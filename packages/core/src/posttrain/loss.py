@@ -1,0 +1,105 @@
+"""The whole loss of a learner: an objective plus KL, value and entropy terms, summed by core.
+
+Each term keeps its own coefficient and weight. The added terms stand in the slot `shared` where gradients of several
+slots are combined; with one slot they join it, since a slot of its own would cost a second backward pass for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
+from posttrain.ops import Ops
+from posttrain.protocols import KL, Need, Objective, Output
+
+SHARED = "shared"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KLTerm:
+    """`coef["kl"] * sum(kl_weight * divergence)`, for a KL placed in the loss."""
+
+    kl: KL[Any]
+    needs: frozenset[Need] = frozenset({Need.REF_LOGPROBS})
+    outputs: frozenset[Output] = frozenset({Output.LOGPROBS})
+    unit: Literal["action", "episode", "group"] = "action"
+    slots: tuple[str, ...] = (SHARED,)
+
+    def weights(self, counts: Counts) -> Weights:
+        return Weights()
+
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
+        divergence = self.kl.divergence(ops, out.logprobs, batch.ref_logprobs)
+        total = ops.xp.sum(batch.kl_weight * divergence)
+        return Loss({"kl": Term(total, coef["kl"], SHARED)})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """No loss: the entropy of the policy and its KL to the reference, as sums over actions."""
+
+    reference: bool = False
+    needs: frozenset[Need] = frozenset()
+    outputs: frozenset[Output] = frozenset({Output.LOGPROBS, Output.ENTROPY})
+    unit: Literal["action", "episode", "group"] = "action"
+    slots: tuple[str, ...] = (SHARED,)
+
+    def weights(self, counts: Counts) -> Weights:
+        return Weights()
+
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
+        xp = ops.xp
+        # kl_weight is positive exactly on real actions: bucket padding of a backend must not count
+        real = xp.astype(batch.kl_weight > 0, out.logprobs.dtype)
+        n = xp.sum(real)
+        metrics = {"policy/entropy": (ops.stop_gradient(xp.sum(real * out.entropy)), n)}
+        if self.reference:
+            d = xp.clip(batch.ref_logprobs - ops.stop_gradient(out.logprobs), -20.0, 20.0)
+            metrics["kl/reference"] = (xp.sum(real * (xp.expm1(d) - d)), n)
+        return Loss({}, metrics)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """The sum of objectives; the first one is the policy's (or the critic's), the others are added to it."""
+
+    parts: tuple[Objective, ...]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    @property
+    def outputs(self) -> frozenset[Output]:
+        return frozenset().union(*(part.outputs for part in self.parts))
+
+    @property
+    def unit(self) -> Literal["action", "episode", "group"]:
+        order: tuple[Literal["action", "episode", "group"], ...] = ("action", "episode", "group")
+        return max((part.unit for part in self.parts), key=order.index)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return self.parts[0].slots
+
+    def weights(self, counts: Counts) -> Weights:
+        """The columns of all parts; where two fill one, the earlier part's holds."""
+        found = [part.weights(counts) for part in self.parts]
+        def first(name: str) -> Any:
+            return next((x for w in found if (x := getattr(w, name)) is not None), None)
+        return Weights(*(first(name) for name in ("weight", "kl_weight", "value_weight")))
+
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
+        own = self.parts[0](ops, out, batch, coef)
+        terms, metrics = dict(own.terms), dict(own.metrics)
+        slot = SHARED if len(self.slots) > 1 else self.slots[0]
+        for part in self.parts[1:]:
+            added = part(ops, out, batch, coef)
+            terms.update({name: replace(term, slot=slot) for name, term in added.terms.items()})
+            metrics.update(added.metrics)
+        return Loss(terms, metrics)

@@ -1,0 +1,368 @@
+"""One protocol per kind of component: the doors between core and everything that can be exchanged.
+
+A component is a final frozen dataclass whose fields are its configuration; no base class is needed, its shape decides.
+What must be loaded before use (a model, an engine, a task) has a light component with one loading method, and a
+protocol for the loaded thing. The list of kinds is closed: only core adds one. Knows `data.py` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+
+from posttrain.comm import Comm, SingleProcess
+from posttrain.data import (
+    Array,
+    Counts,
+    Episodes,
+    Estimate,
+    Loss,
+    Metrics,
+    MicroBatch,
+    Prompt,
+    Rollouts,
+    Sampling,
+    TokenOutputs,
+    Weights,
+)
+from posttrain.ops import Ops
+
+KINDS = ("estimator", "correction", "objective", "kl", "constraint", "combiner", "gradient_combiner", "backend",
+         "engine", "kernel", "tokenizer", "batching", "searcher", "task", "reward", "tracker")
+"""Kinds of component, closed."""
+
+
+class Need(StrEnum):
+    """A batch column that a component needs; the loop computes exactly what somebody needs."""
+
+    ADVANTAGES = "advantages"
+    TARGETS = "targets"
+    VALUES = "values"
+    """Values and bootstrap values of the critic before the update."""
+    ACTION_VALUES = "action_values"
+    LOGPROBS = "logprobs"
+    """Log-probs of the trainer before the update, pi_old."""
+    BEHAVIOR_LOGPROBS = "behavior_logprobs"
+    REF_LOGPROBS = "ref_logprobs"
+
+
+class Output(StrEnum):
+    """What a model can say of a batch of actions."""
+
+    LOGPROBS = "logprobs"
+    ENTROPY = "entropy"
+    VALUES = "values"
+    BOOTSTRAP_VALUES = "bootstrap_values"
+    ACTION_VALUES = "action_values"
+    EXPERT_LOAD = "expert_load"
+
+
+class Estimator(Protocol):
+    """Advantages of the actions of one reward column. Pure."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def __call__(self, episodes: Episodes, /) -> Estimate: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corrected:
+    """What a correction says of each action: a detached weight, whether it stays, and diagnostics."""
+
+    weight: Array
+    keep: Array
+    metrics: Metrics
+
+
+class Correction(Protocol):
+    """Off-policy weights and rejection from `logprobs` and `behavior_logprobs`. Pure."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def __call__(self, episodes: Episodes, /) -> Corrected: ...
+
+
+class Objective(Protocol):
+    """A loss: hashable and pure. What is to be maximised is a reward, not an objective.
+
+    Every term is `sum(weight * x)`; an objective never averages by itself, so any split into parts at `unit` gives the
+    same gradient. Columns are finite, and appending zero-weight actions in a dummy episode changes nothing.
+    """
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    @property
+    def outputs(self) -> frozenset[Output]: ...
+    @property
+    def unit(self) -> Literal["action", "episode", "group"]:
+        """What must not be split over micro-batches."""
+        ...
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """`("main",)`, or one per reward column when gradients are combined."""
+        ...
+    def weights(self, counts: Counts) -> Weights:
+        """Per-action weights, once per optimiser step, from counts over all ranks."""
+        ...
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss: ...
+
+
+class ControllerState(Protocol):
+    """State of a KL controller: a frozen dataclass of numbers, saved as JSON."""
+
+    @property
+    def coef(self) -> float: ...
+
+
+_C = TypeVar("_C", bound=ControllerState)
+_S = TypeVar("_S")
+
+
+class KL(Protocol[_C]):
+    """An estimator of KL(policy || reference) per action, where it is applied, and the controller of its weight."""
+
+    @property
+    def placement(self) -> Literal["none", "loss", "reward"]: ...
+    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
+        """[N] per action; differentiable in `logprobs`."""
+        ...
+    def init(self) -> _C: ...
+    def update(self, state: _C, *, kl: float, n: int, **measured: float) -> _C:
+        """The state after a rollout whose mean KL per action was `kl`, over `n` episodes."""
+        ...
+
+
+class Constraint(Protocol[_S]):
+    """Keeps measured costs under limits by multipliers."""
+
+    def init(self, limits: Mapping[str, float]) -> _S: ...
+    def update(self, state: _S, costs: Mapping[str, float]) -> _S: ...
+
+
+class Combiner(Protocol[_S]):
+    """Mixes the estimates of several reward columns into one."""
+
+    def init(self, columns: Sequence[str]) -> _S: ...
+    def combine(self, estimates: Mapping[str, Estimate], state: _S) -> Estimate: ...
+
+
+class GradientCombiner(Protocol[_S]):
+    """Weights of per-slot gradients from their Gramian G[m, m] (float64, summed over ranks)."""
+
+    def init(self, slots: Sequence[str]) -> _S: ...
+    def weights(self, gramian: np.ndarray, state: _S) -> tuple[np.ndarray, _S]: ...
+
+
+class Scorer(Protocol):
+    """A loaded model that says something of given tokens."""
+
+    @property
+    def provides(self) -> frozenset[Output]: ...
+    def score(self, rollouts: Rollouts, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
+        """Outputs of all actions, as NumPy; raises `MemoryExhausted`."""
+        ...
+    def params(self) -> Iterator[tuple[str, Array]]:
+        """Canonical names (Hugging Face safetensors) and arrays, buffers included; live, not copies."""
+        ...
+    def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None: ...
+
+
+class Learner(Scorer, Protocol):
+    """A loaded model that is trained. Gradients are sums: weights already carry the global counts."""
+
+    @property
+    def version(self) -> int:
+        """Optimiser steps taken; numbers the policy's weights."""
+        ...
+    def accumulate(self, batch: MicroBatch, objective: Objective, coef: Mapping[str, float]) -> Metrics:
+        """Add the gradients of one part, in float32 or better; raises `MemoryExhausted`."""
+        ...
+    def gramian(self, slots: Sequence[str], parameters: str = "") -> np.ndarray:
+        """[m, m] float64 inner products of the slots' gradients, over parameters that match the pattern."""
+        ...
+    def apply(self, weights: Mapping[str, float] | None = None) -> Metrics:
+        """Mix the slots, clip by the global norm, step the optimiser and the schedule; a step whose gradient is not
+        finite is skipped and counted."""
+        ...
+    def discard(self) -> None:
+        """Forget the gradients of the step and put the random state back to the step's start."""
+        ...
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Everything that resuming bit for bit needs: weights, moments, schedule, random state."""
+        ...
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None: ...
+    def save(self, directory: Path) -> None:
+        """Write what `weights:` of a config can load again: safetensors and a description of the model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How a learner is stepped (block `optimizer:`)."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's denominator constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up from 0."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at `lr * min_lr_ratio`."""
+    total_steps: int = 0
+    """Optimiser steps of the whole schedule; 0 derives them from `steps` and `update`."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    max_bad_steps: int = 3
+    """Consecutive steps without a finite gradient that are skipped; one more stops the run."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.clip_norm < 0 or self.warmup_steps < 0 or self.max_bad_steps < 1:
+            raise ValueError("clip_norm and warmup_steps must not be negative and max_bad_steps at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What core asks of a backend: sizes that the rest of the config decides."""
+
+    vocab_size: int
+    """Rows of the embedding the tokenizer needs; 0 where the model brings its own."""
+    value_heads: int = 0
+    """Scalar value outputs, one per reward column that a critic estimates."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads the framework may use; 0 leaves its own default."""
+    optimization: Optimization | None = None
+    """None loads a `Scorer` that holds no gradients and no moments."""
+    comm: Comm = SingleProcess()
+    """The ranks over which `Learner.apply` sums gradients."""
+
+
+class Backend(Protocol):
+    """Loads a model. Imports its framework in `load`, never before."""
+
+    @property
+    def framework(self) -> str: ...
+    @property
+    def provides(self) -> frozenset[Output]: ...
+    def load(self, request: LoadRequest) -> Learner: ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int: ...
+    @property
+    def pad(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, tokens: Sequence[int]) -> str: ...
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to where the assistant answers."""
+        ...
+
+
+class TokenizerSource(Protocol):
+    """A tokenizer component: its configuration, and how to load it."""
+
+    def load(self) -> Tokenizer: ...
+
+
+class Sampler(Protocol):
+    """A started engine: writes episodes with the weights last given to it."""
+
+    def rollout(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]) -> Rollouts:
+        """One episode per prompt, in order; equal for equal prompts, weights and seed."""
+        ...
+    def sync(self, params: Iterable[tuple[str, Array]], version: int) -> None: ...
+
+
+class Engine(Protocol):
+    """A rollout engine. `shared` lets the sampler read the policy's own arrays, so that `sync` copies nothing."""
+
+    def start(self, policy: Scorer, tokenizer: Tokenizer, *, shared: bool) -> Sampler: ...
+
+
+class Kernel(Protocol):
+    """A faster form of an op of `ops.py`; must equal the reference."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def framework(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    def supports(self, *args: Array) -> bool: ...
+    def __call__(self, *args: Array) -> Array: ...
+
+
+class Batching(Protocol):
+    """Plans micro-batches under a budget."""
+
+    def plan(self, costs: np.ndarray, budget: int) -> list[np.ndarray]:
+        """Units of the given costs in tokens -> parts, each an array of unit numbers; no part is over the budget
+        unless it is a single unit."""
+        ...
+    @property
+    def tokens(self) -> int:
+        """The budget to begin with."""
+        ...
+
+
+class PromptSource(Protocol):
+    """A loaded task."""
+
+    def take(self, cursor: int, count: int, seed: int) -> Sequence[Prompt]:
+        """Rows `cursor .. cursor + count` of an endless shuffled sequence of epochs; a pure function."""
+        ...
+    def held_out(self) -> Sequence[Prompt]:
+        """Rows kept for evaluation, in order."""
+        ...
+    @property
+    def rows(self) -> int: ...
+
+
+class Task(Protocol):
+    """Where prompts come from."""
+
+    def load(self, tokenizer: Tokenizer) -> PromptSource: ...
+
+
+class Reward(Protocol):
+    """The TRL signature: lists in, one number per completion out; None where the reward does not apply."""
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]: ...
+
+
+class Tracker(Protocol):
+    """Observes a run; neither changes nor stops it."""
+
+    def run_started(self, run: Any) -> None: ...
+    def step_finished(self, run: Any, step: int, metrics: Mapping[str, float]) -> None: ...
+    def run_finished(self, run: Any, error: BaseException | None) -> None: ...
+
+
+class Searcher(Protocol):
+    """Proposes configurations and learns from their results."""
+
+    def ask(self) -> Mapping[str, Any]: ...
+    def tell(self, trial: Mapping[str, Any], values: Mapping[str, float]) -> None: ...
+
+
+__all__ = [name for name in dir() if name[0].isupper()]

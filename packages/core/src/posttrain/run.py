@@ -1,0 +1,294 @@
+"""The life of a run: start or resume it, go through its steps, record each, save, stop when asked.
+
+Knows files, signals and the order of records; what one iteration does is in `trainer.py` and `supervised.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from posttrain import checkpoint, config, state, supervised, trackers, trainer
+from posttrain.compose import build, check, initial_state, open_task
+from posttrain.data import FINISH, Metrics, Prompt, Rollouts
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.registry import Broken, Registry, discover
+from posttrain.rundir import CONFIG, RunDirectory, describe
+from posttrain.schema import Settings
+from posttrain.state import RunState
+from posttrain.steps import episode_rewards
+from posttrain.timing import Phases
+from posttrain.trackers import TrackerSession
+from posttrain.trainer import SUM, Parts, resynced, synced
+
+log = logging.getLogger(__name__)
+
+POLICY = "policy"
+"""Folder of a finished run that `policy: {weights: RUN/policy}` loads."""
+
+Output = Literal["auto", "plain", "json", "quiet"]
+Advance = Callable[[Parts, Settings, RunState, Phases], tuple[RunState, Metrics, Rollouts]]
+Assess = Callable[[Parts, Settings, Phases], tuple[Metrics, Rollouts | None]]
+
+LOOPS: Mapping[str, tuple[Advance, Assess]] = {
+    "rl": (trainer.iterate, trainer.evaluate),
+    "supervised": (supervised.iterate, supervised.evaluate_supervised),
+}
+
+
+class Interrupted(PosttrainError):
+    """SIGTERM or Ctrl-C: the step was finished and saved."""
+
+    exit_code = 143
+
+
+@dataclass
+class Run:
+    """A run as hooks, trackers and callers see it."""
+
+    directory: Path
+    settings: Settings
+    state: RunState
+    output: Output = "auto"
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps
+
+    @property
+    def loop(self) -> str:
+        return self.settings.loop
+
+
+def train(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, registry: Registry | None = None,
+          output: Output = "auto") -> Run:
+    """Train from a config file or a dict; returns the finished run.
+
+    Raises an `InputError` with everything wrong at once before anything heavy is loaded, `RunInUse` where another
+    process writes the same directory, `Interrupted` after SIGTERM (the step is saved).
+    """
+    loaded = config.load(Path(source) if isinstance(source, str) else source, overrides, registry or discover())
+    check(loaded)
+    open_task(loaded.settings)  # every malformed row is reported before a directory is made
+    with RunDirectory.create(run_path(loaded), config=config.to_yaml(loaded), manifest=manifest(loaded)) as files:
+        parts = build(loaded)
+        run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
+        run.state = synced(parts, run.settings, run.state)
+        return _go(run, parts, files, loaded.registry)
+
+
+def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None,
+           output: Output = "auto") -> Run:
+    """Go on from the newest checkpoint of a run; on the CPU, with equal threads, bit for bit as if never stopped.
+
+    Raises `CheckpointDamaged` (exit code 3) where the newest checkpoint is damaged and `resume.fallback` is false.
+    """
+    with RunDirectory.open(Path(directory)) as files:
+        loaded = config.load(files.path / CONFIG, overrides, registry or discover())
+        files.differences(manifest(loaded))
+        checkpoint.tidy(files.checkpoints)
+        found = checkpoint.newest(files.checkpoints, fallback=loaded.settings.resume.fallback)
+        parts = build(loaded)
+        run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
+        if found is None:
+            run.state = synced(parts, run.settings, run.state)
+        else:
+            restore(run, parts, checkpoint.load(found))
+        files.truncate_after(run.state.step if found else -1)
+        return _go(run, parts, files, loaded.registry)
+
+
+def evaluate(directory: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Rewards on the held-out prompts with the newest checkpoint of a run, by metric name."""
+    run, parts = opened(directory, overrides)
+    metrics, _ = LOOPS[run.loop][1](parts, run.settings, Phases(time.perf_counter))
+    if not metrics:
+        raise ConfigError(["this run has no held-out rows and rewards to evaluate with (task.held_out, rewards)"])
+    return metrics.values_by_name()
+
+
+def sample(directory: str | Path, prompt: str, *, n: int = 1, temperature: float | None = None,
+           overrides: Sequence[str] = ()) -> list[str]:
+    """Answers of a run's newest checkpoint to a prompt of the user's own."""
+    run, parts = opened(directory, overrides)
+    sampling = trainer.sampling_of(run.settings)
+    sampling = sampling if temperature is None else replace(sampling, temperature=temperature)
+    rollouts = parts.evaluator.rollout([Prompt(text=prompt, where="prompt")] * n, sampling, (run.settings.seed, 0, 4))
+    return list(rollouts.completions)
+
+
+def opened(directory: str | Path, overrides: Sequence[str]) -> tuple[Run, Parts]:
+    """A finished or living run to look at: nothing is written and no lock is taken."""
+    path = Path(directory)
+    if not (path / CONFIG).is_file():
+        raise ConfigError([f"{path} is not a run directory: it has no {CONFIG}"],
+                          next_step="start a run: posttrain train CONFIG")
+    loaded = config.load(path / CONFIG, overrides, discover())
+    found = checkpoint.newest(path / "checkpoints", fallback=loaded.settings.resume.fallback)
+    if found is None:
+        raise ConfigError([f"{path} has no checkpoint yet"], next_step=f"go on with it: posttrain resume {path}")
+    parts = build(loaded)
+    run = Run(path, loaded.settings, initial_state(parts, loaded.settings))
+    restore(run, parts, checkpoint.load(found))
+    parts.evaluator.sync(parts.policy.params(), parts.policy.version)
+    return run, parts
+
+
+def run_path(loaded: config.Loaded) -> Path:
+    """Where the run goes: as given, else `runs/<name>` with the first free number behind it."""
+    if loaded.settings.run:
+        return Path(loaded.settings.run)
+    wanted = Path("runs") / loaded.name
+    free = (wanted.with_name(f"{wanted.name}-{i}") for i in itertools.count(2))
+    return wanted if not wanted.exists() else next(path for path in free if not path.exists())
+
+
+def manifest(loaded: config.Loaded) -> dict[str, Any]:
+    """What a repetition of the run must have equal."""
+    settings = loaded.settings
+    providers = {loaded.registry.provider(component)[0] for component in loaded.components.values()}
+    return describe(seed=settings.seed, threads=settings.threads, plugins=sorted(providers - {""}),
+                    user_files=[Path(path) for path in sorted(loaded.files)],
+                    started=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def restore(run: Run, parts: Parts, saved: checkpoint.Checkpoint) -> None:
+    """Put every learner, the state and the sampler where the checkpoint says."""
+    for trained, name in zip(parts.trained, LEARNERS, strict=False):
+        trained.learner.load_state(saved.arrays[name])
+    run.state = state.from_files(saved.arrays, saved.values, run.state)
+    resynced(parts, run.settings, run.state)
+
+
+LEARNERS = ("policy", "critic")
+"""Names of `Parts.trained` in a checkpoint."""
+
+
+def save(run: Run, parts: Parts, files: RunDirectory) -> None:
+    """Publish a checkpoint of everything that resuming needs."""
+    files.sync()
+    arrays, values = state.to_files(run.state)
+    learners = {name: t.learner.state() for t, name in zip(parts.trained, LEARNERS, strict=False)}
+    checkpoint.save(files.checkpoints, run.state.step, {**learners, **arrays}, values,
+                    keep=run.settings.checkpoint.keep)
+
+
+def _go(run: Run, parts: Parts, files: RunDirectory, registry: Registry) -> Run:
+    """All steps that are left, observed by trackers and hooks; errors are told to them and go on to the caller."""
+    session = trackers.start(run.settings.trackers, run)
+    _warn(registry.hooks.run_started(run))
+    error: BaseException | None = None
+    try:
+        with stop_requests() as stop:
+            _steps(run, parts, files, session, registry, stop)
+        parts.policy.save(files.path / POLICY)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        session.finished(error)
+        _warn(registry.hooks.run_finished(run, error))
+    return run
+
+
+def _warn(broken: Sequence[Broken]) -> None:
+    for plugin in broken:
+        log.warning("plugin %s failed in a hook: %s", plugin.distribution, plugin.error)
+
+
+def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession, registry: Registry,
+           stop: StopRequest) -> None:
+    settings = run.settings
+    phases = Phases(time.perf_counter, session.phase_started)
+    advance, assess = LOOPS[run.loop]
+
+    def record(metrics: Metrics, seconds: float) -> None:
+        values = {**metrics.values_by_name(), **timings(seconds, metrics, phases.taken())}
+        files.append_metrics(run.state.step, values)
+        session.step_finished(run.state.step, values)
+        _warn(registry.hooks.step_finished(run, run.state.step, values))
+
+    every = settings.evaluate.every
+    if run.state.step == 0 and every:
+        start = time.perf_counter()
+        metrics, looked_at = assess(parts, settings, phases)
+        files.append_samples(0, samples(looked_at, "held out", 8))
+        record(metrics, time.perf_counter() - start)
+    while run.state.step < settings.steps:
+        start = time.perf_counter()
+        run.state, metrics, rollouts = advance(parts, settings, run.state, phases)
+        step, last = run.state.step, run.state.step == settings.steps
+        if run.loop == "rl":
+            files.append_samples(step, samples(rollouts, "train", 2))
+        if every and (step % every == 0 or last):
+            found, looked_at = assess(parts, settings, phases)
+            files.append_samples(step, samples(looked_at, "held out", 8))
+            metrics += found
+        record(metrics, time.perf_counter() - start)
+        saving = settings.checkpoint.every
+        if last or stop.requested or (saving and step % saving == 0):
+            save(run, parts, files)
+        if stop.requested and not last:
+            raise Interrupted(f"stopped by signal after step {step} of {settings.steps}; it is saved\n"
+                              f"go on with: posttrain resume {run.directory}")
+
+
+def samples(rollouts: Rollouts | None, kind: str, n: int) -> list[dict[str, Any]]:
+    """The first episodes, for a look at them."""
+    if rollouts is None:
+        return []
+    totals = episode_rewards(rollouts, SUM)[0] if SUM in rollouts.rewards else None
+    return [{"kind": kind, "prompt": p.text if p.text is not None else p.messages or p.tokens,
+             "completion": rollouts.completions[e], "finish": FINISH[rollouts.finish[e]],
+             "reward": None if totals is None else float(totals[e])}
+            for e, p in enumerate(rollouts.prompts[:n])]
+
+
+def timings(seconds: float, metrics: Metrics, phases: Mapping[str, float]) -> dict[str, float]:
+    """What may differ between two equal runs."""
+    import psutil
+
+    length = metrics.get("episode/length")
+    tokens = 0.0 if length is None else length.total
+    return {"timing/seconds": seconds, "timing/tokens_per_second": tokens / seconds,
+            "timing/memory_mb": psutil.Process().memory_info().rss / 2**20,
+            **{f"timing/{name}": taken for name, taken in phases.items()}}
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal asked the run to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """SIGTERM and Ctrl-C finish the step and save; a second one ends at once. Only the main thread catches signals."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        log.warning("%s: finishing this step and saving; once more to stop at once", signal.Signals(number).name)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,187 @@
+"""The keys of a configuration file: one dataclass per block, each field with its default and its meaning.
+
+Fields that name a component are made by `part`: in the file they hold a name or `{use: name, field: value}`,
+after `config.load` they hold the component itself. Knows the protocols only by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from posttrain.protocols import Optimization
+
+
+def part(kind: str, default: Any = None) -> Any:
+    """A field that holds one component of `kind`; `default` is its name, or None where it may be absent."""
+    return field(default=default, metadata={"kind": kind})
+
+
+def parts(kind: str, default: Mapping[str, str] | None = None) -> Any:
+    """A field that holds a map of names to components of `kind`."""
+    return field(default_factory=lambda: dict(default or {}), metadata={"kind": kind, "many": True})
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Block `rollout:` - what is generated in each step. Episodes = prompts_per_step * group_size."""
+
+    engine: Any = part("engine", "batched")
+    prompts_per_step: int = 16
+    """Prompts of one step."""
+    group_size: int = 8
+    """Answers to each prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    max_new_tokens: int = 64
+    max_prompt_tokens: int = 0
+    """Longest prompt allowed; 0 allows any. A longer one is reported before training."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+    staleness: int = 0
+    """The sampler uses the weights of this many iterations ago."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal, and draw further prompts in their place."""
+    max_refills: int = 4
+    """How often dropped groups are drawn anew before the step goes on with what it has."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "group_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError("temperature must be positive in training; evaluate.temperature may be 0 (greedy)")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0 or self.staleness < 0:
+            raise ValueError("top_p lies in (0, 1], min_p in [0, 1), top_k and staleness are not negative")
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """Block `replay:` - older rollouts mixed into the update, with the policy versions that wrote them."""
+
+    capacity: int = 0
+    """Episodes kept; 0 keeps none."""
+    reuse: int = 0
+    """Older episodes added to each step, in whole groups."""
+    max_age: int = 4
+    """Iterations after which an episode is no longer used."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Block `update:` - how a rollout becomes optimiser steps."""
+
+    steps_per_rollout: int = 1
+    """Disjoint minibatches per pass, one optimiser step each."""
+    epochs: int = 1
+    """Passes over the rollout."""
+    old_logprobs: Literal["auto", "recompute", "behavior"] = "auto"
+    """pi_old of the ratio: recomputed by the trainer, or the sampler's own. `auto` takes the sampler's where rollouts
+    are stale or replayed and no correction is configured, so that the ratio then corrects for the sampler."""
+    entropy_coef: float = 0.0
+    value_coef: float = 0.5
+    """Weight of the value loss where critic and policy share a trunk."""
+
+    def __post_init__(self) -> None:
+        if self.steps_per_rollout < 1 or self.epochs < 1:
+            raise ValueError("steps_per_rollout and epochs must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Block `evaluate:` - reward on held-out prompts."""
+
+    every: int = 0
+    """Evaluate before the first step, after the last and every n steps; 0 never."""
+    prompts: int = 0
+    """Held-out prompts used; 0 uses all."""
+    temperature: float = 0.0
+    """0 is greedy."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.prompts < 0 or self.temperature < 0:
+            raise ValueError("every, prompts and temperature must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Block `checkpoint:`."""
+
+    every: int = 50
+    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Block `data:` - how rows are read, whatever task reads them."""
+
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """Malformed rows: report all and stop, or leave them out and say how many."""
+
+
+@dataclass(frozen=True)
+class ResumeSettings:
+    """Block `resume:`."""
+
+    fallback: bool = False
+    """Take the newest valid checkpoint where the newest one is damaged."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole configuration."""
+
+    steps: int = 100
+    """Iterations: rollouts where `loop: rl`, optimiser steps where `loop: supervised`."""
+    loop: Literal["rl", "supervised"] = "rl"
+    """Learn from rewards of own rollouts, or from given answers."""
+    seed: int = 0
+    run: str = ""
+    """Run directory; empty derives `runs/<config name>`, with a number behind it where that exists."""
+    threads: int = 0
+    """CPU threads of the framework; 0 leaves its own default. Part of what makes a resume exact."""
+    policy: Any = part("backend", "torch")
+    reference: Any = part("backend")
+    """Default: the policy's weights at the start of the run."""
+    critic: Any = part("backend")
+    """`policy` shares the policy's trunk; a backend loads a model of its own; absent where nothing needs values."""
+    tokenizer: Any = part("tokenizer", "bytes")
+    task: Any = part("task")
+    rewards: Mapping[str, Any] = parts("reward")
+    """Named rewards; `weight: 1.0` beside `use:` or `file:` weighs each in the sum."""
+    estimator: Any = part("estimator", "grpo")
+    correction: Any = part("correction")
+    combiner: Any = part("combiner")
+    """Runs the estimator once per reward column and mixes the advantages; absent: rewards are summed first."""
+    gradient_combiner: Any = part("gradient_combiner")
+    """Runs the estimator once per reward column and mixes the gradients: one backward pass and one gradient each."""
+    objective: Any = part("objective", "grpo")
+    value_objective: Any = part("objective", "value")
+    """Loss of the critic."""
+    kl: Any = part("kl", "none")
+    batching: Any = part("batching", "first_fit")
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    update: UpdateSettings = field(default_factory=UpdateSettings)
+    batch_size: int = 64
+    """Episodes per optimiser step where `loop: supervised`."""
+    optimizer: Optimization = field(default_factory=Optimization)
+    critic_optimizer: Optimization | None = None
+    """Of a separate critic; default: as `optimizer`."""
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    resume: ResumeSettings = field(default_factory=ResumeSettings)
+    trackers: Mapping[str, Any] = parts("tracker", {"console": "console", "jsonl": "jsonl"})
+    plugins: tuple[str, ...] = ()
+    """Single-file plugins, recorded with their hash."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")

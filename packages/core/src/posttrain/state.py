@@ -1,0 +1,62 @@
+"""All state of a run that is not inside a learner: a value, replaced at each step, saved and restored bit for bit.
+
+Randomness needs no state of its own: every draw is seeded by (seed, step, purpose).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from posttrain import replay as replay_files
+from posttrain.replay import Replay
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """Policy weights on the host, and the version they are."""
+
+    version: int
+    params: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunState:
+    """Where a run stands after `step` iterations."""
+
+    step: int = 0
+    cursor: int = 0
+    """Rows taken from the task so far."""
+    budget: int = 0
+    """Tokens of one micro-batch; shrinks when memory runs out."""
+    kl: Any = None
+    """State of the KL controller: a frozen dataclass of numbers."""
+    combiner: Any = None
+    gradient_combiner: Any = None
+    replay: Replay = field(default_factory=Replay)
+    stale: tuple[Snapshot, ...] = ()
+    """Weights of earlier iterations, oldest first, for a sampler that lags behind."""
+
+
+def to_files(state: RunState) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """Groups of arrays (one safetensors file each) and JSON values."""
+    replayed, texts = replay_files.to_files(state.replay)
+    arrays = {"replay": replayed} if replayed else {}
+    arrays |= {f"stale-{i}": dict(s.params) for i, s in enumerate(state.stale)}
+    controllers = {name: asdict(value) for name in ("kl", "combiner", "gradient_combiner")
+                   if (value := getattr(state, name)) is not None}
+    return arrays, {"state": {"step": state.step, "cursor": state.cursor, "budget": state.budget, **controllers,
+                              "stale_versions": [s.version for s in state.stale]}, "replay": texts}
+
+
+def from_files(arrays: Mapping[str, Mapping[str, np.ndarray]], values: Mapping[str, Any], fresh: RunState) -> RunState:
+    """The inverse of `to_files`; `fresh` tells the classes of the controllers' states."""
+    stored = values["state"]
+    controllers = {name: type(initial)(**stored[name]) for name in ("kl", "combiner", "gradient_combiner")
+                   if (initial := getattr(fresh, name)) is not None}
+    stale = tuple(Snapshot(v, arrays[f"stale-{i}"]) for i, v in enumerate(stored["stale_versions"]))
+    return RunState(step=stored["step"], cursor=stored["cursor"], budget=stored["budget"], stale=stale,
+                    replay=replay_files.from_files(arrays.get("replay", {}), values["replay"]), **controllers)

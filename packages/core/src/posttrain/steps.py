@@ -1,0 +1,229 @@
+"""The pure steps of one iteration: score what was generated, fold it on the action axis, estimate, measure.
+
+Order lives in `trainer.py`; here each step is a function of its arguments. Knows arrays and protocols, no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from posttrain.batching import smaller_budget
+from posttrain.data import (
+    FINISH,
+    Episodes,
+    Estimate,
+    Metric,
+    Metrics,
+    Rollouts,
+    Signal,
+    TokenOutputs,
+    offsets_of,
+    ragged_indices,
+    to_numpy,
+)
+from posttrain.errors import MemoryExhausted, RewardError
+from posttrain.ops import ops_of
+from posttrain.protocols import KL, Batching, Combiner, Correction, Estimator, Need, Output, Scorer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Annotations:
+    """What models said of rollouts before the update, on their action axis."""
+
+    logprobs: np.ndarray | None = None
+    """[N] pi_old"""
+    entropy: np.ndarray | None = None
+    """[N]"""
+    ref_logprobs: np.ndarray | None = None
+    """[N]"""
+    values: np.ndarray | None = None
+    """[k, N]"""
+    bootstrap_values: np.ndarray | None = None
+    """[k, E]"""
+
+
+def score(scorer: Scorer, rollouts: Rollouts, outputs: frozenset[Output], batching: Batching,
+          budget: int) -> tuple[TokenOutputs, int]:
+    """Outputs of all actions, computed in parts under a token budget that is halved when memory runs out."""
+    costs = rollouts.episode_tokens
+    while True:
+        parts = batching.plan(costs, budget)
+        try:
+            scored = [scorer.score(rollouts.select(part), outputs, rollouts.sampling.temperature) for part in parts]
+        except MemoryExhausted as error:
+            budget = smaller_budget(costs, parts, error)
+            continue
+        return _in_order(rollouts, parts, scored), budget
+
+
+def _in_order(rollouts: Rollouts, parts: Sequence[np.ndarray], scored: Sequence[TokenOutputs]) -> TokenOutputs:
+    """Undo the order of the plan."""
+    order = np.concatenate(parts)
+    position = np.argsort(order)
+    actions = rollouts.episode_actions
+    starts = offsets_of(actions[order])[:-1][position]
+    by_action = ragged_indices(starts, actions)
+    def joined(name: str, index: np.ndarray) -> np.ndarray | None:
+        columns = [getattr(out, name) for out in scored]
+        return None if columns[0] is None else np.concatenate(columns, axis=-1)[..., index]
+    return TokenOutputs(
+        logprobs=joined("logprobs", by_action), entropy=joined("entropy", by_action),
+        values=joined("values", by_action), bootstrap_values=joined("bootstrap_values", position))
+
+
+def folded(rollouts: Rollouts, column: np.ndarray) -> np.ndarray:
+    """A reward column on tokens [M] -> on actions [N]: what stands on a tool or user token belongs to the action that
+    caused it, the latest one of the same episode (Section 0.1 of the algorithm reference)."""
+    token_episode = np.repeat(rollouts.episode, np.diff(rollouts.offsets))
+    owner = np.cumsum(rollouts.is_action) - 1
+    N = int(rollouts.is_action.sum())
+    owned = (owner >= 0) & (rollouts.action_episode[np.maximum(owner, 0)] == token_episode) if N else owner >= 0
+    alive = rollouts.episode_actions[token_episode] > 0
+    stray = np.flatnonzero(~owned & alive & (column != 0))
+    if len(stray):
+        e = token_episode[stray[0]]
+        raise RewardError(f"episode {e} ({rollouts.prompts[e].where or 'no location'}) has a reward before its first "
+                          "action, which no action can have caused; place it on a later token")
+    return np.bincount(owner[owned], column[owned], minlength=N)
+
+
+def episodes_of(rollouts: Rollouts, column: str, notes: Annotations, row: int = 0,
+                penalty: np.ndarray | None = None) -> tuple[Episodes, np.ndarray]:
+    """The action axis of one reward column, and the indices [N'] of its actions in the rollouts.
+
+    Left out: episodes without an action, and those to which the reward does not apply. `row` picks the value output;
+    `penalty` [N] is taken from the reward of each action.
+    """
+    actions = rollouts.episode_actions
+    excluded = rollouts.excluded.get(column, np.zeros(rollouts.n_episodes, bool))
+    alive = np.flatnonzero((actions > 0) & ~excluded)
+    chosen = ragged_indices(offsets_of(actions)[alive], actions[alive])
+    rewards = folded(rollouts, rollouts.rewards[column])
+    if penalty is not None:
+        rewards = rewards - penalty
+    def picked(x: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None else np.asarray(x[..., chosen], np.float64)
+    values = None if notes.values is None else notes.values[row]
+    bootstrap = None if notes.bootstrap_values is None else np.asarray(notes.bootstrap_values[row][alive], np.float64)
+    return Episodes(
+        offsets=offsets_of(actions[alive]), rewards=rewards[chosen], terminated=rollouts.terminated[alive],
+        group=rollouts.group[alive], values=picked(values), bootstrap_values=bootstrap, logprobs=picked(notes.logprobs),
+        behavior_logprobs=picked(rollouts.behavior_logprobs), ref_logprobs=picked(notes.ref_logprobs),
+        turn=None if rollouts.turn is None else rollouts.turn[chosen]), chosen
+
+
+def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, columns: Sequence[str], *,
+               correction: Correction | None = None, combiner: Combiner[Any] | None = None, combiner_state: Any = None,
+               penalty: np.ndarray | None = None) -> Signal:
+    """Run the estimator once per reward column, combine or stack, and correct for the sampler.
+
+    Several columns without a combiner give one row of advantages per column, for gradients to be combined.
+    """
+    estimates = {}
+    for row, column in enumerate(columns):
+        episodes, chosen = episodes_of(rollouts, column, notes, row if len(columns) > 1 else 0, penalty)
+        estimates[column] = _on_all_actions(estimator(episodes), chosen, int(rollouts.is_action.sum()))
+    targets = [e.targets for e in estimates.values() if e.targets is not None]
+    keep: np.ndarray = np.any(np.stack([to_numpy(e.keep) for e in estimates.values()]), axis=0)
+    metrics = Metrics()
+    for column, estimate in estimates.items():
+        metrics += estimate.metrics.prefixed(column) if len(columns) > 1 else estimate.metrics
+    if combiner is not None:
+        mixed = combiner.combine(estimates, combiner_state)
+        rows, metrics = mixed.advantages, metrics + mixed.metrics
+        keep = keep if mixed.keep is None else to_numpy(mixed.keep).copy()
+    else:
+        stacked = np.stack([e.advantages for e in estimates.values()])
+        rows = stacked[0] if len(columns) == 1 else stacked
+    weight = np.ones(len(keep))
+    if correction is not None:
+        # the column does not matter to a correction: it reads log-probs, never rewards
+        episodes, chosen = episodes_of(rollouts, columns[0], notes)
+        corrected = correction(episodes)
+        weight[chosen] = to_numpy(corrected.weight)
+        keep[chosen] &= to_numpy(corrected.keep)
+        metrics = metrics + corrected.metrics
+    return Signal(advantages=rows, keep=keep, correction=weight, metrics=metrics,
+                  targets=np.stack(targets) if targets else None)
+
+
+def _on_all_actions(estimate: Estimate, chosen: np.ndarray, n: int) -> Estimate:
+    """An estimate of some actions on the axis of all: the others get advantage 0 and are out."""
+    def spread(x: Any, dtype: type) -> np.ndarray:
+        full: np.ndarray = np.zeros(n, dtype)
+        full[chosen] = x
+        return full
+    return replace(
+        estimate, advantages=spread(to_numpy(estimate.advantages), np.float64),
+        targets=None if estimate.targets is None else spread(to_numpy(estimate.targets), np.float64),
+        keep=spread(True if estimate.keep is None else to_numpy(estimate.keep), np.bool_))
+
+
+def kl_penalty(kl: KL[Any], coef: float, notes: Annotations) -> np.ndarray:
+    """[N] what a KL placed in the reward takes from each action."""
+    logprobs = np.asarray(notes.logprobs, np.float64)
+    divergence = kl.divergence(ops_of(logprobs), logprobs, np.asarray(notes.ref_logprobs, np.float64))
+    return coef * np.asarray(divergence)
+
+
+def measured_kl(notes: Annotations) -> Metric:
+    """KL(policy || reference) per action by k3, which is never negative (Schulman 2020)."""
+    d = np.clip(np.asarray(notes.ref_logprobs, np.float64) - np.asarray(notes.logprobs, np.float64), -20.0, 20.0)
+    return Metric(float(np.sum(np.expm1(d) - d)), len(d))
+
+
+def needed_outputs(needs: frozenset[Need]) -> frozenset[Output]:
+    """What the critic must be asked for."""
+    return frozenset({Output.VALUES, Output.BOOTSTRAP_VALUES}) if Need.VALUES in needs else frozenset()
+
+
+def has_variance(rollouts: Rollouts, column: str) -> np.ndarray:
+    """[E] whether the episode's group holds different rewards."""
+    totals, excluded = episode_rewards(rollouts, column)
+    group = np.unique(rollouts.group, return_inverse=True)[1]
+    low, high = np.full(group.max(initial=-1) + 1, np.inf), np.full(group.max(initial=-1) + 1, -np.inf)
+    np.minimum.at(low, group[~excluded], totals[~excluded])
+    np.maximum.at(high, group[~excluded], totals[~excluded])
+    return (high > low)[group]
+
+
+def episode_rewards(rollouts: Rollouts, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """[E] total reward of each episode, and [E] bool where the reward does not apply."""
+    token_episode = np.repeat(rollouts.episode, np.diff(rollouts.offsets))
+    totals = np.bincount(token_episode, rollouts.rewards[column], minlength=rollouts.n_episodes)
+    return totals, rollouts.excluded.get(column, np.zeros(rollouts.n_episodes, bool))
+
+
+def described(rollouts: Rollouts, columns: Mapping[str, str]) -> Metrics:
+    """Metrics of a rollout: rewards (column -> metric prefix), lengths, why episodes ended, groups without variance."""
+    found = Metrics()
+    for column, prefix in columns.items():
+        totals, excluded = episode_rewards(rollouts, column)
+        applicable = totals[~excluded]
+        n = len(applicable)
+        found += {f"{prefix}/mean": Metric(float(applicable.sum()), n),
+                  f"{prefix}/std": Metric(float(applicable.std()) if n else float("nan"), reduction="last"),
+                  f"{prefix}/excluded": Metric(float(excluded.sum()), reduction="sum")}
+    lengths = rollouts.episode_actions
+    E = rollouts.n_episodes
+    found += {"episode/length": Metric(float(lengths.sum()), E),
+              "episode/longest": Metric(float(lengths.max(initial=0)), reduction="max"),
+              "episode/empty": Metric(float((lengths == 0).sum()), reduction="sum"),
+              **{f"finish/{why}": Metric(float((rollouts.finish == code).sum()), E)
+                 for code, why in enumerate(FINISH) if (rollouts.finish == code).any()}}
+    return found
+
+
+def sampler_gap(rollouts: Rollouts, notes: Annotations) -> Metrics:
+    """How far the sampler's recorded log-probs are from the trainer's of the same tokens."""
+    if notes.logprobs is None or rollouts.behavior_logprobs is None:
+        return Metrics()
+    gap = np.asarray(notes.logprobs, np.float64) - rollouts.behavior_logprobs
+    N = len(gap)
+    return Metrics({"sampler/gap": Metric(float(np.abs(gap).sum()), N),
+                    "sampler/gap_max": Metric(float(np.abs(gap).max(initial=0.0)), reduction="max"),
+                    "sampler/k3": Metric(float(np.sum(np.expm1(np.clip(gap, -20, 20)) - np.clip(gap, -20, 20))), N)})

@@ -1,0 +1,1 @@
+"""Where prompts come from. Names are registered in `posttrain.plugin`."""

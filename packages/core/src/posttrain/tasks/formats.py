@@ -1,0 +1,224 @@
+"""What the columns of a row mean, in the format of RL2 or of TRL, and everything that can be wrong with them.
+
+Knows one row at a time and what a tokenizer can encode. Nothing about files, epochs or splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.data import Prompt
+from posttrain.errors import DataError, Problem, did_you_mean
+from posttrain.protocols import Tokenizer
+from posttrain.tokenizers import prompt_ids
+
+RESERVED = ("prompts", "completions", "completion_ids")
+"""Keywords that every reward receives; a column of that name would hide them."""
+
+COMPLETION = "completion"
+"""Name under which `Prompt.extra` holds a given answer, whatever its column is called."""
+
+ANSWER_IN_RL2 = "response"
+"""Column of a given answer in RL2's rows, looked for where the configured one is absent."""
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was read: where it stands and its columns, or what is wrong with it."""
+
+    where: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What the columns of one file mean, found by looking at its rows."""
+
+    prompt: str
+    """Column of the prompt."""
+    completion: str = ""
+    """Column of the given answer; empty: none."""
+    answered: bool = False
+    """Conversations end with the assistant's answer, which is to be learned."""
+    rl2: bool = False
+    """`extra_info` holds further columns."""
+
+    def __str__(self) -> str:
+        answer = f", answers in '{self.completion}'" if self.completion else ", answers in the last message"
+        style = "RL2 format (extra_info)" if self.rl2 else "TRL format"
+        return f"{style}, prompts in '{self.prompt}'{answer if self.completion or self.answered else ''}"
+
+
+def row_of(where: str, columns: Any) -> Row:
+    """A row as it was read; what is no row at all keeps its problem."""
+    if not isinstance(columns, Mapping):
+        return Row(where, problem=f"a row is an object with columns, found {kind_of(columns)}")
+    if found := [name for name in RESERVED if name in columns]:
+        return Row(where, problem=f"column '{found[0]}' has the name of an argument of every reward; rename it")
+    return Row(where, columns)
+
+
+def detect(name: str, rows: Sequence[Mapping[str, Any]], prompt: str, messages: str, completion: str) -> Format:
+    """What the columns of file `name` mean, by what most of its rows hold; the keys are the names to look for."""
+    def count(column: str) -> int:
+        return sum(column in row for row in rows)
+    asked = max((prompt, messages), key=count)
+    if rows and not count(asked):
+        found = sorted({column for row in rows for column in row})
+        hint = did_you_mean(prompt, found) or did_you_mean(messages, found)
+        raise DataError([Problem(
+            f"no row has a column '{prompt}' or '{messages}'{hint}; the columns are {', '.join(found) or 'none'}: "
+            "name one by task.prompt_key or task.messages_key", name)])
+    answers = {c: [row[c] for row in rows if c in row] for c in (completion, ANSWER_IN_RL2)}
+    given = next((c for c, values in answers.items() if 2 * sum(map(_is_answer, values)) > len(values)), "")
+    last = [_last_role(row[asked]) for row in rows if asked in row]
+    answered = not given and 2 * last.count("assistant") > len(last)
+    return Format(asked, given, answered, rl2=count("extra_info") > 0)
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str) or _last_role(value) == "assistant"
+
+
+def _last_role(prompt: Any) -> Any:
+    last = prompt[-1] if isinstance(prompt, list | tuple) and prompt else None
+    return last.get("role") if isinstance(last, Mapping) else None
+
+
+def prompt_of(row: Row, number: int, form: Format, tokenizer: Tokenizer, longest: int) -> Prompt | Sequence[Problem]:
+    """The prompt of a row, or everything that is wrong with the row."""
+    wrong = [row.problem] if row.problem else []
+    if not wrong:
+        asked = _asked(row.columns, form, wrong)
+        extra = _extra(row.columns, form, wrong)
+        if form.answered and isinstance(asked, tuple):
+            extra[COMPLETION], asked = asked[-1]["content"], asked[:-1]
+        elif form.completion:
+            extra[COMPLETION] = _answer(row.columns, form.completion, wrong)
+    if not wrong:
+        text, messages = (asked, None) if isinstance(asked, str) else (None, asked)
+        prompt = Prompt(text=text, messages=messages, group=number, extra=extra, where=row.where)
+        wrong += _untokenizable(prompt, form, tokenizer, longest)
+    return [Problem(message, row.where) for message in wrong] if wrong else prompt
+
+
+def _asked(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> str | tuple[Message, ...] | None:
+    """Text or messages of the prompt column; what is wrong is added to `wrong`."""
+    value = columns.get(form.prompt)
+    if form.prompt not in columns:
+        wrong.append(f"column '{form.prompt}' is missing; the row has {', '.join(columns) or 'no column'}")
+    elif isinstance(value, str | list | tuple) and not value:
+        wrong.append(f"column '{form.prompt}' is empty")
+    elif isinstance(value, list | tuple):
+        if problem := _conversation_problem(value, form.answered):
+            wrong.append(f"column '{form.prompt}': {problem}")
+        else:
+            return tuple({name: part for name, part in m.items() if part is not None} for m in value)
+    elif not isinstance(value, str):
+        wrong.append(f"column '{form.prompt}' should be text or a list of messages, found {kind_of(value)}")
+    elif form.answered:
+        wrong.append(f"column '{form.prompt}' is text, but other rows hold conversations that end with the answer")
+    elif value.strip():
+        return value
+    else:
+        wrong.append(f"column '{form.prompt}' is empty")
+    return None
+
+
+FOLLOWS: Mapping[str, frozenset[str]] = {
+    "start": frozenset({"system", "developer", "user"}),
+    "system": frozenset({"user"}),
+    "developer": frozenset({"user"}),
+    "user": frozenset({"assistant"}),
+    "assistant": frozenset({"user", "tool"}),
+    "tool": frozenset({"tool", "assistant"}),
+}
+"""Role of a message -> roles of the next one."""
+
+
+def _conversation_problem(messages: Sequence[Any], answered: bool) -> str:
+    """What is wrong with a list of messages, or nothing."""
+    before = "start"
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            return f"message {i} should be an object with role and content, found {kind_of(message)}"
+        for part in ("role", "content", *message):
+            if not isinstance(message.get(part), str) and (part in ("role", "content") or message[part] is not None):
+                return f"message {i}: '{part}' should be text, found {kind_of(message.get(part))}"
+        role = message["role"]
+        if role not in FOLLOWS or role == "start":
+            return f"message {i}: role '{role}' is none of {', '.join(r for r in FOLLOWS if r != 'start')}"
+        if role not in FOLLOWS[before]:
+            place = "at the start" if before == "start" else f"after '{before}'"
+            return f"message {i}: role '{role}' {place}, expected {' or '.join(sorted(FOLLOWS[before]))}"
+        if role in ("user", "tool") and not message["content"].strip():
+            return f"message {i} ('{role}') is empty"
+        before = role
+    if answered and before != "assistant":
+        return f"ends with '{before}', but other rows end with the assistant's answer; add the answer"
+    if answered and (not messages[-1]["content"].strip() or len(messages) == 1):
+        return "the assistant's answer is empty"
+    if not answered and before not in ("user", "tool"):
+        return f"ends with '{before}', but the policy answers a user (or a tool); remove the last message"
+    return ""
+
+
+def _answer(columns: Mapping[str, Any], column: str, wrong: list[str]) -> str:
+    """The given answer: text, or a list that holds the assistant's one message."""
+    value = columns.get(column)
+    if isinstance(value, list | tuple) and len(value) == 1 and _last_role(value) == "assistant":
+        value = value[0].get("content")
+    if isinstance(value, str) and value.strip():
+        return value
+    if column not in columns:
+        wrong.append(f"column '{column}' is missing; other rows have it")
+    elif isinstance(value, str):
+        wrong.append(f"column '{column}' is empty")
+    else:
+        wrong.append(f"column '{column}' should be text or one assistant message, found {kind_of(value)}")
+    return ""
+
+
+def _extra(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> dict[str, Any]:
+    """All other columns, those inside `extra_info` among them."""
+    extra = {name: value for name, value in columns.items() if name != form.prompt}
+    inside = extra.get("extra_info")
+    for name, value in inside.items() if isinstance(inside, Mapping) else ():
+        if name in RESERVED or (name in extra and extra[name] != value):
+            wrong.append(f"column 'extra_info' holds '{name}', which is also " + (
+                "an argument of every reward; rename it" if name in RESERVED else "a column with another value"))
+        extra[name] = value
+    return extra
+
+
+def _untokenizable(prompt: Prompt, form: Format, tokenizer: Tokenizer, longest: int) -> Iterator[str]:
+    """What the tokenizer cannot take of a prompt and its answer."""
+    try:
+        length = len(prompt_ids(prompt, tokenizer))
+        if length == 0:
+            yield f"column '{form.prompt}' has no token"
+        if longest and length > longest:
+            yield f"column '{form.prompt}' has {length} tokens, more than max_prompt_tokens, {longest}"
+    except (DataError, ValueError) as error:
+        yield f"column '{form.prompt}': {error}"
+    if COMPLETION in prompt.extra and (form.completion or form.answered):
+        try:
+            tokenizer.encode(prompt.extra[COMPLETION])
+        except (DataError, ValueError) as error:
+            yield f"column '{form.completion or form.prompt}': {error}"
+
+
+KINDS: Sequence[tuple[type | tuple[type, ...], str]] = (
+    (type(None), "null"), (bool, "true or false"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
+    (Mapping, "an object"))
+"""Types of a JSON value, in words; the first that fits counts."""
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value in words."""
+    return next((name for kind, name in KINDS if isinstance(value, kind)), type(value).__name__)

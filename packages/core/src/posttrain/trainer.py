@@ -1,0 +1,246 @@
+"""The spine: the only place where order lives.
+
+    prompts -> rollouts -> rewards -> (older rollouts) -> what models say of them -> advantages -> optimiser steps
+            -> controllers -> weights to the sampler -> metrics, checkpoint, evaluation
+
+Everything it calls is a part chosen by the config (`Parts`) or a pure step of `steps.py` and `update.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from posttrain.comm import Comm
+from posttrain.config import RewardEntry
+from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
+from posttrain.protocols import (
+    KL,
+    Batching,
+    Combiner,
+    Correction,
+    Estimator,
+    GradientCombiner,
+    Learner,
+    Need,
+    Output,
+    PromptSource,
+    Sampler,
+    Scorer,
+    Tokenizer,
+)
+from posttrain.rewards.scoring import score as score_rewards
+from posttrain.rewards.scoring import summed
+from posttrain.schema import Settings
+from posttrain.state import RunState, Snapshot
+from posttrain.steps import (
+    Annotations,
+    advantages,
+    described,
+    has_variance,
+    kl_penalty,
+    measured_kl,
+    needed_outputs,
+    sampler_gap,
+    score,
+)
+from posttrain.timing import Phases
+from posttrain.update import Schedule, Trained, update
+
+log = logging.getLogger(__name__)
+
+SUM = "reward"
+"""The column that holds the weighted sum of all rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that `compose.py` built from a config."""
+
+    tokenizer: Tokenizer
+    source: PromptSource
+    trained: tuple[Trained, ...]
+    """The policy, and a critic where it is a model of its own."""
+    critic: Scorer | None
+    """What values are asked of; the policy itself where they share a trunk."""
+    reference: Scorer | None
+    sampler: Sampler
+    evaluator: Sampler
+    """Samples with the current weights; the sampler itself unless that one lags behind."""
+    rewards: tuple[RewardEntry, ...]
+    columns: tuple[str, ...]
+    """Reward columns that are estimated: `("reward",)`, or every reward where columns are combined."""
+    estimator: Estimator
+    correction: Correction | None
+    combiner: Combiner[Any] | None
+    gradient_combiner: GradientCombiner[Any] | None
+    kl: KL[Any]
+    batching: Batching
+    comm: Comm
+    needs: frozenset[Need]
+
+    @property
+    def policy(self) -> Learner:
+        return self.trained[0].learner
+
+
+def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -> tuple[RunState, Metrics, Rollouts]:
+    """One iteration: the next state, what was measured, and the rollouts for a look at them."""
+    step = state.step + 1
+    with phases("rollout"):
+        fresh, cursor, metrics = gather(parts, settings, state, step, phases)
+    rollouts, replay = state.replay.mixed(
+        fresh, step, capacity=settings.replay.capacity, reuse=settings.replay.reuse, max_age=settings.replay.max_age,
+        rng=np.random.default_rng((settings.seed, step, 1)))
+    state = replace(state, step=step, cursor=cursor, replay=replay)
+    if not rollouts.is_action.any():
+        log.warning("step %d: no episode is left to learn from (all groups filtered?); no update is made", step)
+        return state, metrics, fresh
+    with phases("score"):
+        notes, budget = annotate(parts, rollouts, state.budget)
+    metrics += sampler_gap(rollouts, notes)
+    penalty = kl_penalty(parts.kl, state.kl.coef, notes) if parts.kl.placement == "reward" else None
+    signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
+                        combiner=parts.combiner, combiner_state=state.combiner, penalty=penalty)
+    coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef}
+    schedule = Schedule(settings.update.steps_per_rollout, settings.update.epochs, (settings.seed, step, 2))
+    with phases("update"):
+        updated, budget, mixing = update(
+            parts.trained, rollouts, signal, notes, old_logprobs(settings, rollouts, notes), coef, schedule,
+            batching=parts.batching, budget=budget, comm=parts.comm, combiner=parts.gradient_combiner,
+            combiner_state=state.gradient_combiner)
+    metrics += signal.metrics + updated
+    metrics += kl_metrics(parts.kl, state.kl, notes)
+    state = replace(state, budget=budget, gradient_combiner=mixing, kl=next_kl(parts.kl, state.kl, metrics, rollouts))
+    with phases("sync"):
+        state = synced(parts, settings, state)
+    return state, metrics, fresh
+
+
+def gather(parts: Parts, settings: Settings, state: RunState, step: int,
+           phases: Phases) -> tuple[Rollouts, int, Metrics]:
+    """Generate and reward; where asked, drop groups without variance and draw other prompts in their place."""
+    rollout = settings.rollout
+    wanted, cursor, kept, dropped = rollout.prompts_per_step, state.cursor, [], 0
+    metrics = Metrics()
+    for attempt in range(1 + rollout.max_refills * rollout.filter_zero_variance):
+        prompts = parts.source.take(cursor, wanted, settings.seed)
+        grouped = [replace(p, group=cursor + i) for i, p in enumerate(prompts) for _ in range(rollout.group_size)]
+        cursor += len(prompts)
+        rollouts = parts.sampler.rollout(grouped, sampling_of(settings), (settings.seed, step, attempt))
+        with phases("reward"):
+            rollouts = summed(score_rewards(rollouts, parts.rewards), parts.rewards)
+        metrics += described(rollouts, {SUM: "reward", **{r.name: f"reward/{r.name}" for r in parts.rewards}})
+        if rollout.filter_zero_variance:
+            alive = has_variance(rollouts, SUM)
+            dropped += int((~alive).sum()) // rollout.group_size
+            rollouts = rollouts.select(np.flatnonzero(alive))
+            wanted -= rollouts.n_episodes // rollout.group_size
+        kept.append(rollouts)
+        if not rollout.filter_zero_variance or wanted == 0:
+            break
+    if rollout.filter_zero_variance:
+        metrics += {"rollout/filtered_groups": Metric(dropped, reduction="sum")}
+    return Rollouts.concat(kept), cursor, metrics
+
+
+def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations, int]:
+    """Ask the models for exactly what some part needs."""
+    notes = Annotations()
+    wanted = needed_outputs(parts.needs) if parts.critic is parts.policy else frozenset[Output]()
+    if Need.LOGPROBS in parts.needs or wanted:
+        out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget)
+        notes = Annotations(out.logprobs, out.entropy, None, out.values, out.bootstrap_values)
+    if parts.critic is not None and parts.critic is not parts.policy:
+        out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget)
+        notes = replace(notes, values=out.values, bootstrap_values=out.bootstrap_values)
+    if parts.reference is not None:
+        out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
+        notes = replace(notes, ref_logprobs=out.logprobs)
+    return notes, budget
+
+
+def old_logprobs(settings: Settings, rollouts: Rollouts, notes: Annotations) -> np.ndarray | None:
+    """[N] pi_old of the ratio; None where it equals the policy at the update, which saves a pass."""
+    if ratio_to_sampler(settings):
+        return rollouts.behavior_logprobs
+    return notes.logprobs if optimiser_steps(settings) > 1 else None
+
+
+def ratio_to_sampler(settings: Settings) -> bool:
+    """Whether the ratio is taken to the sampler's own log-probs."""
+    off_policy = settings.rollout.staleness > 0 or settings.replay.capacity > 0
+    automatic = off_policy and settings.correction is None
+    return {"auto": automatic, "behavior": True, "recompute": False}[settings.update.old_logprobs]
+
+
+def optimiser_steps(settings: Settings) -> int:
+    """Optimiser steps of one rollout."""
+    return settings.update.steps_per_rollout * settings.update.epochs
+
+
+def sampling_of(settings: Settings) -> Sampling:
+    """How rollouts for training are drawn."""
+    r = settings.rollout
+    return Sampling(r.temperature, r.top_p, r.top_k, r.min_p, r.max_new_tokens, tuple(r.stop))
+
+
+def kl_metrics(kl: KL[Any], state: Any, notes: Annotations) -> Metrics:
+    """The coefficient that was used, and the KL where it was measured before the update."""
+    if kl.placement == "none":
+        return Metrics()
+    found = Metrics({"kl/coef": Metric(state.coef, reduction="last")})
+    return found + {"kl/reference": measured_kl(notes)} if notes.logprobs is not None else found
+
+
+def next_kl(kl: KL[Any], state: Any, metrics: Mapping[str, Metric], rollouts: Rollouts) -> Any:
+    """The controller's state after this rollout."""
+    if kl.placement == "none":
+        return state
+    entropy = metrics.get("policy/entropy")
+    return kl.update(state, kl=metrics["kl/reference"].value, n=rollouts.n_episodes,
+                     **({"entropy": entropy.value} if entropy else {}))
+
+
+def synced(parts: Parts, settings: Settings, state: RunState) -> RunState:
+    """The state with the current weights remembered for a sampler that lags behind, and the sampler given its own."""
+    if settings.rollout.staleness > 0:
+        policy = parts.policy
+        current = Snapshot(policy.version, {name: np.array(to_numpy(x)) for name, x in policy.params()})
+        state = replace(state, stale=(*state.stale, current)[-(settings.rollout.staleness + 1):])
+    resynced(parts, settings, state)
+    return state
+
+
+def resynced(parts: Parts, settings: Settings, state: RunState) -> None:
+    """Give the sampler the weights it uses next: the current ones, or those of `staleness` iterations ago."""
+    policy = parts.policy
+    parts.evaluator.sync(policy.params(), policy.version)
+    if state.stale:
+        parts.sampler.sync(state.stale[0].params.items(), state.stale[0].version)
+
+
+def evaluate(parts: Parts, settings: Settings, phases: Phases) -> tuple[Metrics, Rollouts | None]:
+    """Rewards of the current policy on held-out prompts."""
+    prompts = held_out(parts.source, settings)
+    if not prompts or not parts.rewards:
+        return Metrics(), None
+    sampling = replace(sampling_of(settings), temperature=settings.evaluate.temperature, top_p=1.0, top_k=0, min_p=0.0)
+    with phases("evaluate"):
+        rollouts = parts.evaluator.rollout(prompts, sampling, (settings.seed, 0, 3))
+        rollouts = summed(score_rewards(rollouts, parts.rewards), parts.rewards)
+    names = {SUM: "eval/reward", **{r.name: f"eval/reward/{r.name}" for r in parts.rewards}}
+    found = described(rollouts, names)
+    kept = {name: m for name, m in found.items() if name.startswith("eval/") and not name.endswith("/excluded")}
+    return Metrics({**kept, "eval/length": found["episode/length"]}), rollouts
+
+
+def held_out(source: PromptSource, settings: Settings) -> Sequence[Prompt]:
+    """The held-out prompts that are used, each a group of its own."""
+    rows = source.held_out()
+    limit = settings.evaluate.prompts or len(rows)
+    return [replace(p, group=i) for i, p in enumerate(rows[:limit])]

@@ -1,0 +1,156 @@
+"""From a signal to optimiser steps: minibatches, weights from global counts, plan, accumulate, apply, retry.
+
+The loss does not depend on the split: weights are made once per optimiser step, from counts over all ranks, so running
+out of memory only means planning smaller parts and doing the same step again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from posttrain.batching import StepData, counts_of, cut, smaller_budget, units_of
+from posttrain.comm import Comm
+from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
+from posttrain.errors import MemoryExhausted
+from posttrain.loss import SHARED, Sum
+from posttrain.protocols import Batching, GradientCombiner, Learner
+from posttrain.steps import Annotations
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A learner and the loss it is trained with; a separate critic is a second one."""
+
+    learner: Learner
+    objective: Sum
+    prefix: str = ""
+    """Before the names of its metrics, `critic/` for a separate critic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a rollout is cut into optimiser steps."""
+
+    steps_per_rollout: int
+    epochs: int
+    seed: tuple[int, ...]
+
+
+def minibatches(rollouts: Rollouts, keep: np.ndarray, schedule: Schedule) -> Iterator[np.ndarray]:
+    """Disjoint sets of episodes, shuffled anew in each epoch by whole groups; sets without an action are left out."""
+    groups = np.unique(rollouts.group)
+    for epoch in range(schedule.epochs):
+        order = np.random.default_rng((*schedule.seed, epoch)).permutation(groups)
+        for chosen in np.array_split(order, schedule.steps_per_rollout):
+            episodes = np.flatnonzero(np.isin(rollouts.group, chosen))
+            if np.isin(rollouts.action_episode[keep], episodes).any():
+                yield episodes
+
+
+def columns_of(rollouts: Rollouts, signal: Signal, notes: Annotations,
+               old_logprobs: np.ndarray | None) -> dict[str, np.ndarray]:
+    """`MicroBatch` columns that exist, on the action axis."""
+    found = {"advantages": signal.advantages, "targets": signal.targets, "old_logprobs": old_logprobs,
+             "behavior_logprobs": rollouts.behavior_logprobs, "ref_logprobs": notes.ref_logprobs,
+             "old_values": notes.values}
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def over_ranks(counts: Counts, comm: Comm) -> Counts:
+    """Local per-episode counts with totals of all ranks."""
+    actions, episodes = comm.sum(np.array([counts.actions, counts.episodes]))
+    return replace(counts, actions=int(actions), episodes=int(episodes))
+
+
+def per_action(weights: Weights, keep: np.ndarray, correction: np.ndarray) -> Weights:
+    """Weights of kept actions put on the axis of all, corrections multiplied into the policy's."""
+    def spread(x: np.ndarray | None) -> np.ndarray | None:
+        if x is None:
+            return None
+        full = np.zeros(len(keep))
+        full[keep] = x
+        return full
+    weight = spread(weights.weight)
+    return Weights(None if weight is None else weight * correction, spread(weights.kl_weight),
+                   spread(weights.value_weight))
+
+
+def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndarray, correction: np.ndarray,
+                   columns: Mapping[str, np.ndarray], coef: Mapping[str, float], *, batching: Batching, budget: int,
+                   comm: Comm, combiner: GradientCombiner[Any] | None = None,
+                   combiner_state: Any = None) -> tuple[Metrics, int, Any]:
+    """One step of every learner on the same episodes -> metrics, token budget, state of the gradient combiner.
+
+    Raises `MemoryExhausted` when even single units do not fit, `Diverged` from the learner.
+    """
+    counts = over_ranks(counts_of(rollouts, keep), comm)
+    data = [StepData(rollouts, keep, per_action(t.objective.weights(counts), keep, correction), columns)
+            for t in trained]
+    unit = max((t.objective.unit for t in trained), key=("action", "episode", "group").index)
+    units = units_of(rollouts, keep, unit)
+    costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
+    retries = 0
+    while True:
+        parts = batching.plan(costs, budget)
+        failure: MemoryExhausted | None = None
+        try:
+            metrics = _accumulate(trained, data, units, parts, coef, comm)
+        except MemoryExhausted as error:
+            failure = error
+        if not comm.any(failure is not None):
+            break
+        for t in trained:
+            t.learner.discard()
+        budget = smaller_budget(costs, parts, failure or MemoryExhausted("another rank ran out of memory"))
+        retries += 1
+    metrics = Metrics({name: _of_one_step(m) if "loss/" in name else m for name, m in metrics.items()})
+    metrics += {"batch/parts": Metric(len(parts), reduction="sum"),
+                "batch/memory_retries": Metric(retries, reduction="sum")}
+    for t in trained:
+        weights = None
+        if combiner is not None and len(t.objective.slots) > 1:
+            mix, combiner_state = combiner.weights(t.learner.gramian(t.objective.slots), combiner_state)
+            weights = {SHARED: 1.0, **dict(zip(t.objective.slots, mix.tolist(), strict=True))}
+            metrics += {f"combiner/{slot}": Metric(w, reduction="last") for slot, w in weights.items()}
+        metrics += Metrics({t.prefix + name: m for name, m in t.learner.apply(weights).items()})
+    return metrics, budget, combiner_state
+
+
+def _of_one_step(metric: Metric) -> Metric:
+    """A term that was summed over parts is complete: over several optimiser steps it is averaged."""
+    return Metric(metric.total, 1.0)
+
+
+def _accumulate(trained: Sequence[Trained], data: Sequence[StepData], units: Sequence[np.ndarray],
+                parts: Sequence[np.ndarray], coef: Mapping[str, float], comm: Comm) -> Metrics:
+    """Gradients of all parts; every rank does the same number of them."""
+    metrics = Metrics()
+    nothing = np.array([], np.int64)
+    for i in range(comm.max(len(parts))):
+        episodes = np.concatenate([units[u] for u in parts[i]]) if i < len(parts) else nothing
+        for t, step in zip(trained, data, strict=True):
+            found = t.learner.accumulate(cut(step, episodes), t.objective, coef)
+            metrics += {t.prefix + name: metric for name, metric in found.items()}
+    return metrics
+
+
+def update(trained: Sequence[Trained], rollouts: Rollouts, signal: Signal, notes: Annotations,
+           old_logprobs: np.ndarray | None, coef: Mapping[str, float], schedule: Schedule, *, batching: Batching,
+           budget: int, comm: Comm, combiner: GradientCombiner[Any] | None = None,
+           combiner_state: Any = None) -> tuple[Metrics, int, Any]:
+    """All optimiser steps of one rollout."""
+    columns = columns_of(rollouts, signal, notes, old_logprobs)
+    actions, total = rollouts.episode_actions, Metrics()
+    starts = np.cumsum(actions) - actions
+    for episodes in minibatches(rollouts, signal.keep, schedule):
+        a = ragged_indices(starts[episodes], actions[episodes])
+        metrics, budget, combiner_state = optimiser_step(
+            trained, rollouts.select(episodes), signal.keep[a], signal.correction[a],
+            {name: column[..., a] for name, column in columns.items()}, coef, batching=batching, budget=budget,
+            comm=comm, combiner=combiner, combiner_state=combiner_state)
+        total += metrics
+    return total, budget, combiner_state

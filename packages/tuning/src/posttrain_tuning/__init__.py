@@ -1,0 +1,1 @@
+"""Hyper-parameter search and memory planning of posttrain. Names are registered in `plugin.py`."""
