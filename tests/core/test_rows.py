@@ -6,17 +6,19 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from posttrain.data import Prompt
 from posttrain.errors import DataError
+from posttrain.protocols import RowRules
 from posttrain.tasks.rows import PromptRows, Rows
 from posttrain.tokenizers import Bytes, Characters
 
 BYTES = Bytes().load()
+RULES = RowRules()
 GOOD = {"prompt": "1+1=", "answer": "2"}
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
 ASSISTANT, TOOL = {"role": "assistant", "content": "hello"}, {"role": "tool", "content": "4"}
@@ -29,14 +31,14 @@ def written(folder: Path, *lines: object, name: str = "rows.jsonl") -> str:
     return str(path)
 
 
-def loaded(path: str, **fields: Any) -> tuple[Prompt, ...]:
-    source = Rows(path=path, shuffle=False, **fields).load(BYTES)
+def loaded(path: str, rules: RowRules = RULES, **fields: Any) -> tuple[Prompt, ...]:
+    source = Rows(path=path, shuffle=False, **fields).load(BYTES, rules)
     return tuple(source.take(0, source.rows, 0))
 
 
-def problems(path: str, **fields: Any) -> list[tuple[str, str]]:
+def problems(path: str, rules: RowRules = RULES, **fields: Any) -> list[tuple[str, str]]:
     with pytest.raises(DataError) as caught:
-        loaded(path, **fields)
+        loaded(path, rules, **fields)
     return [(p.where.removeprefix(str(Path(path).parent) + "/"), p.message) for p in caught.value.problems]
 
 
@@ -124,15 +126,15 @@ BAD_ROWS: list[tuple[object, str]] = [
                                                                 "column with another value"),
     (b'{"prompt": "a\\ud800"}', "column 'prompt': character '\\ud800' at position 1 of 'a\\ud800' is half of a "
                                 "surrogate pair, which is no text; mend the row"),
-    ({"prompt": "0123456789"}, "column 'prompt' has 10 tokens, more than max_prompt_tokens, 9"),
+    ({"prompt": "0123456789"}, "column 'prompt' has 10 tokens, more than data.max_prompt_tokens, 9"),
 ]
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_ROWS)
 def test_a_bad_row_is_named_by_file_line_and_column(tmp_path: Path, line: object, message: str) -> None:
     path = written(tmp_path, GOOD, b"", line, GOOD)
-    assert problems(path, max_prompt_tokens=9) == [("rows.jsonl:3", message)]
-    assert len(loaded(path, max_prompt_tokens=9, on_bad_row="skip")) == 2
+    assert problems(path, RowRules(max_prompt_tokens=9)) == [("rows.jsonl:3", message)]
+    assert len(loaded(path, RowRules("skip", 9))) == 2
 
 
 @pytest.mark.parametrize(("answered", "line", "message"), [
@@ -154,7 +156,7 @@ def test_a_bad_answer_is_named(tmp_path: Path, answered: object, line: object, m
 def test_what_the_tokenizer_cannot_encode_is_a_bad_row(tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": "1+1", "completion": "2"}, {"prompt": "1-1", "completion": "zero"})
     with pytest.raises(DataError) as caught:
-        Rows(path=path).load(Characters("0123456789+").load())
+        Rows(path=path).load(Characters("0123456789+").load(), RULES)
     first, second = caught.value.problems
     assert (first.where, second.where) == (f"{path}:2", f"{path}:2")
     assert "column 'prompt': character '-' at position 1" in first.message
@@ -179,14 +181,14 @@ def test_both_files_are_reported_at_once_and_the_list_is_cut(tmp_path: Path) -> 
 
 def test_skipped_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = written(tmp_path, GOOD, {"prompt": ""}, b"{")
-    assert len(loaded(path, on_bad_row="skip")) == 1
+    assert len(loaded(path, RowRules("skip"))) == 1
     assert "left out 2 of 3 rows, the first for: column 'prompt' is empty" in caplog.text and ":2)" in caplog.text
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip"])
-def test_no_good_row_is_an_error_in_any_case(tmp_path: Path, policy: str) -> None:
+def test_no_good_row_is_an_error_in_any_case(tmp_path: Path, policy: Literal["fail", "skip"]) -> None:
     with pytest.raises(DataError, match=r"2 of 2 rows cannot be used(.|\n)*no row of .*rows\.jsonl is left"):
-        loaded(written(tmp_path, b"{", {"prompt": ""}), on_bad_row=policy)
+        loaded(written(tmp_path, b"{", {"prompt": ""}), RowRules(policy))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
@@ -209,23 +211,23 @@ def test_no_prompt_column_suggests_one(tmp_path: Path) -> None:
 
 def test_rows_from_python() -> None:
     task = Rows(rows=(GOOD, {"prompt": "b", "key": {1, 2}}), held_out_rows=({"prompt": "c"},), shuffle=False)
-    source = task.load(BYTES)
+    source = task.load(BYTES, RULES)
     assert [p.where for p in source.take(0, 2, 0)] == ["rows[0]", "rows[1]"]
     assert source.take(1, 1, 0)[0].extra == {"key": {1, 2}}
     assert [(p.text, p.where) for p in source.held_out()] == [("c", "held_out_rows[0]")]
     with pytest.raises(DataError, match=r"rows\[1\]"):
-        Rows(rows=(GOOD, {"prompt": ""})).load(BYTES)
+        Rows(rows=(GOOD, {"prompt": ""})).load(BYTES, RULES)
 
 
 def test_limit_cuts_the_rows_to_learn_from(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD, GOOD, b"{")
-    source = Rows(path=path, held_out=written(tmp_path, GOOD, GOOD, GOOD, name="h.jsonl"), limit=2).load(BYTES)
+    source = Rows(path=path, held_out=written(tmp_path, GOOD, GOOD, GOOD, name="h.jsonl"), limit=2).load(BYTES, RULES)
     assert source.rows == 2 and len(source.held_out()) == 3
 
 
 @pytest.mark.parametrize("fields", [
     {}, {"path": "a", "rows": (GOOD,)}, {"path": "a", "held_out": "b", "held_out_fraction": 0.1},
-    {"path": "a", "held_out_fraction": 1.0}, {"path": "a", "limit": -1}, {"path": "a", "max_prompt_tokens": -1}])
+    {"path": "a", "held_out_fraction": 1.0}, {"path": "a", "limit": -1}])
 def test_fields_that_make_no_sense(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="path|held|limit"):
         Rows(**fields)
@@ -237,14 +239,14 @@ def test_a_split_keeps_every_row_once_and_the_order(n: int, fraction: float, see
                 shuffle=False)
     if not 0 < round(fraction * n) < n:
         with pytest.raises(DataError, match="leaves nothing on one side"):
-            task.load(BYTES)
+            task.load(BYTES, RULES)
         return
-    source = task.load(BYTES)
+    source = task.load(BYTES, RULES)
     train = [int(p.text or "") for p in source.take(0, source.rows, 0)]
     held = [int(p.text or "") for p in source.held_out()]
     assert sorted(train + held) == list(range(n)) and len(held) == round(fraction * n)
     assert train == sorted(train) and held == sorted(held)
-    assert task.load(BYTES).held_out() == source.held_out()
+    assert task.load(BYTES, RULES).held_out() == source.held_out()
 
 
 SOURCE = PromptRows(tuple(Prompt(text=str(i)) for i in range(7)))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import stat
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from posttrain.errors import DataError, InputError, RunInUse
-from posttrain.rundir import METRICS, SAMPLES, JsonLines, RunDirectory, describe, metric_record, read_metrics
+from posttrain.rundir import CONFIG, METRICS, SAMPLES, JsonLines, RunDirectory, describe, metric_record, read_metrics
 
 STARTED = "2026-01-02T03:04:05+00:00"
 
@@ -31,7 +32,7 @@ def test_create_and_open(tmp_path: Path, name: str) -> None:
     with new(path, seed=3) as run:
         assert run.checkpoints == path / "checkpoints" and run.checkpoints.is_dir()
     with RunDirectory.open(path) as run:
-        assert run.config_path.read_text("utf-8") == "steps: 3  # ü\n"
+        assert (path / CONFIG).read_text("utf-8") == "steps: 3  # ü\n"
         assert run.manifest == {"seed": 3}
     assert sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) == [
         "checkpoints", "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"]
@@ -237,9 +238,10 @@ def test_manifest_names_the_accelerators(tmp_path: Path, monkeypatch: pytest.Mon
     assert manifest()["accelerators"] == names
 
 
-def test_differences_end_the_promise_of_equal_bits(tmp_path: Path) -> None:
+def test_differences_end_the_promise_of_equal_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with new(tmp_path, **manifest()) as run:
         assert run.differences(manifest(started="later", host="elsewhere")) == []
         found = run.differences(manifest(threads=1, cpu="another", frameworks={"torch": "0"}))
     assert [text.split(" was ")[0] for text in found] == ["threads", "frameworks", "cpu"]
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == found
     assert "threads was 2 and is now 1: the resumed run is no longer bitwise equal" in found[0]

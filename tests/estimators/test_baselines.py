@@ -7,7 +7,7 @@ from statistics import fmean, pstdev, stdev
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from posttrain.data import Episodes, offsets_of
 from posttrain_estimators.baselines import GroupBaseline, Reinforce
@@ -18,6 +18,7 @@ DR_GRPO = GroupBaseline(scale="none")
 RLOO = GroupBaseline(baseline="leave_one_out", scale="none")
 PRESETS = {"grpo": GRPO, "dr_grpo": DR_GRPO, "rloo": RLOO, "grpo_ddof0": GroupBaseline(ddof=0),
            "batch": GroupBaseline(scale="batch")}
+few = settings(max_examples=25)  # of every preset or combination of fields
 number = st.floats(-10, 10, width=32)
 row = st.lists(number, min_size=1, max_size=5)
 
@@ -65,6 +66,7 @@ def literal_group_advantages(how: GroupBaseline, episodes: Episodes) -> tuple[li
 class TestGroupBaseline:
     @pytest.mark.parametrize("truncation", ["terminal", "mask"])
     @pytest.mark.parametrize("preset", PRESETS)
+    @few
     @given(episodes=batches())
     def test_equals_the_literal_form(self, preset: str, truncation: str, episodes: Episodes) -> None:
         how = replace(PRESETS[preset], truncation=truncation)
@@ -84,6 +86,7 @@ class TestGroupBaseline:
             np.testing.assert_array_equal(estimate.keep, np.repeat(keep, episodes.lengths))
 
     @pytest.mark.parametrize("preset", PRESETS)
+    @few
     @given(episodes=batches(), seed=st.integers(0, 99))
     def test_permuting_episodes_permutes_the_result(self, preset: str, episodes: Episodes, seed: int) -> None:
         order = list(np.random.default_rng(seed).permutation(episodes.n_episodes))
@@ -93,6 +96,7 @@ class TestGroupBaseline:
             np.testing.assert_allclose(after[position], rows(episodes, before)[i], rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "rloo"])
+    @few
     @given(episodes=batches(), extra=st.lists(row, min_size=1, max_size=3))
     def test_other_groups_change_nothing(self, preset: str, episodes: Episodes, extra: list[list[float]]) -> None:
         more = Episodes.from_rows([*rows(episodes, episodes.rewards), *extra],
@@ -102,6 +106,7 @@ class TestGroupBaseline:
         np.testing.assert_array_equal(how(more).advantages[:len(episodes.rewards)], how(episodes).advantages)
 
     @pytest.mark.parametrize("preset", PRESETS)
+    @few
     @given(episodes=batches(), shift=st.integers(-64, 64))
     def test_a_shift_of_a_groups_outcomes_changes_nothing(self, preset: str, episodes: Episodes, shift: int) -> None:
         s = np.round(episodes.rewards)  # whole numbers, so that the shift is exact
@@ -119,6 +124,7 @@ class TestGroupBaseline:
                                    factor[episodes.episode] * DR_GRPO(episodes).advantages, rtol=1e-12)
 
     @pytest.mark.parametrize("how", [DR_GRPO, RLOO, GRPO])
+    @few
     @given(episodes=batches())
     def test_advantages_of_a_group_add_up_to_nothing(self, how: GroupBaseline, episodes: Episodes) -> None:
         first = how(episodes).advantages[episodes.offsets[:-1]]
@@ -182,6 +188,7 @@ class TestReinforce:
     @pytest.mark.parametrize("truncation", ["terminal", "mask"])
     @pytest.mark.parametrize("baseline", ["none", "batch"])
     @pytest.mark.parametrize("white", [False, True])
+    @few
     @given(episodes=batches(), gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]))
     def test_equals_the_literal_form(self, truncation: str, baseline: str, white: bool, episodes: Episodes,
                                      gamma: float) -> None:

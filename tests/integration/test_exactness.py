@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
-
 import posttrain
+import pytest
 from posttrain.batching import FirstFit, StepData, counts_of, cut, units_of
 from posttrain.comm import SingleProcess
 from posttrain.data import Counts, MicroBatch, Rollouts, to_numpy

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-
 import posttrain
+import pytest
+import yaml
+from integration import small
 from posttrain import checkpoint
 from posttrain.errors import CheckpointDamaged, RunInUse
 from posttrain.rundir import read_metrics
@@ -103,8 +104,7 @@ def test_one_seed_gives_one_result(uninterrupted: dict[str, Path], tmp_path: Pat
 def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(
         uninterrupted: dict[str, Path], tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    environment = {**os.environ, "CHANGES": json.dumps({"steps": 10**6, "checkpoint": {"every": 0}}),
-                   "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "posttrain.cli", "train", str(_as_file(tmp_path, directory))],
                                env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 60
@@ -121,14 +121,9 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(
 
 
 def _as_file(folder: Path, directory: Path) -> Path:
-    import yaml
-    sys.path.insert(0, str(SMALL.parent))
-    try:
-        import small
-    finally:
-        sys.path.pop(0)
+    changes = {"steps": 10**6, "checkpoint": {"every": 0}, "rewards": {"correct": {"file": f"{SMALL}:correct"}}}
     file = folder / "train.yaml"
-    file.write_text(yaml.safe_dump(small.config(directory, steps=10**6, checkpoint={"every": 0})))
+    file.write_text(yaml.safe_dump(small.config(directory, **changes)))
     return file
 
 

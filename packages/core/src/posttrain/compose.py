@@ -116,7 +116,7 @@ def optimization_of(settings: Settings, block: Optimization) -> Optimization:
 def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
     """Tokenizer and rows; every malformed row is reported here."""
     tokenizer = settings.tokenizer.load()
-    return tokenizer, settings.task.load(tokenizer)
+    return tokenizer, settings.task.load(tokenizer, settings.data)
 
 
 def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:

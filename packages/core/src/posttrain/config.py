@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -96,14 +97,20 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[str], registry: R
                   source.stem if isinstance(source, Path) else "run")
 
 
-def to_yaml(loaded: Loaded) -> str:
-    """What a run directory keeps: running this file repeats the run. Literal secrets of trackers are left out."""
+def to_yaml(loaded: Loaded, rows: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What a run directory keeps: running this file repeats the run. Literal secrets of trackers are left out.
+
+    `rows` names the files (field of the `rows` task -> path) that hold what came from Python as lists.
+    """
     tree: dict[str, Any] = OmegaConf.to_container(loaded.tree)  # type: ignore[assignment]  # a dict stays one
+    if rows:
+        kept = {key: value for key, value in tree["task"].items() if key not in ("rows", "held_out_rows")}
+        tree["task"] = {**kept, **rows}
     for slot, meta in slots():
         holder = at(tree, slot[:-1])
         parts = holder[slot[-1]] if meta.get("many") else holder
         for name in list(parts) if meta.get("many") else [slot[-1]]:
-            node = _redacted(parts[name]) if meta["kind"] == "tracker" else parts[name]
+            node = _redacted(parts[name]) if meta["kind"] == "tracker" else _by_file(parts[name])
             parts[name] = node["use"] if isinstance(node, dict) and set(node) == {"use"} else node
     return OmegaConf.to_yaml(OmegaConf.create({key: tree[key] for key in ("recipe", *tree) if key in tree}))
 
@@ -303,6 +310,12 @@ def _line(problem: Problem) -> tuple[str, int]:
     """Problems of a file in the order of its lines."""
     file, _, line = problem.where.rpartition(":")
     return (file, int(line)) if line.isdigit() else ("\uffff", 0)
+
+
+def _by_file(node: Any) -> Any:
+    """A function from Python that stands at the top of a file, as `file: path.py:name`."""
+    found = re.fullmatch(r"<python: (.+\.py:\w+)>", str(node.get("use"))) if isinstance(node, dict) else None
+    return node if found is None else {"file": found[1], **{k: v for k, v in node.items() if k != "use"}}
 
 
 def _redacted(node: Any) -> Any:

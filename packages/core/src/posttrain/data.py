@@ -165,8 +165,8 @@ class Rollouts:
     @property
     def action_episode(self) -> np.ndarray:
         """[N] the episode of each action."""
-        every_token: np.ndarray = np.repeat(self.episode, np.diff(self.offsets))
-        return every_token[self.source]
+        per_token: np.ndarray = np.repeat(self.episode, np.diff(self.offsets))
+        return np.asarray(per_token[self.source])
 
     def select(self, episodes: np.ndarray) -> Rollouts:
         """The given episodes, in the given order, numbered anew."""

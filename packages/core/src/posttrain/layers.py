@@ -172,8 +172,15 @@ def _put_aside(value: Any, key: Key, marks: dict[Key, Mark], base: Path) -> Any:
     if isinstance(value, Path):
         return str(value)
     marks[key] = Mark(mark.where, base, value)
+    return f"<python: {_location(value)}>"
+
+
+def _location(value: Any) -> str:
+    """`/path/file.py:name` of a function at the top of a file, else the dotted name of a function or of a type."""
     named = value if isinstance(value, FunctionType) else type(value)
-    return f"<python: {named.__module__}.{named.__qualname__}>"
+    file = Path(value.__code__.co_filename) if isinstance(value, FunctionType) else Path()
+    at_top = named.__qualname__.isidentifier() and file.suffix == ".py" and file.is_file()
+    return f"{file.resolve()}:{named.__qualname__}" if at_top else f"{named.__module__}.{named.__qualname__}"
 
 
 def _rows(task: Any) -> Any:

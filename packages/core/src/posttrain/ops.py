@@ -133,10 +133,9 @@ def reverse_recurrence(decay: Array | float, x: Array, offsets: np.ndarray) -> A
     """y[t] = x[t] + decay[t] * y[t+1] within each episode; nothing crosses an episode and nothing carries a gradient.
 
     `x` [N] of any framework, `decay` a number or [N] of the same one (that of an episode's last action is ignored),
-    `offsets` [E+1]. Half precision is computed and returned in float32.
-    Outside a JAX trace, raises `ValueError` where an input is not finite, with the number of the episode.
-
-    On the host this is one BLAS solve with a bidiagonal matrix; on an accelerator and in a trace, doubling.
+    `offsets` [E+1]. Half precision is computed and returned in float32. Outside a JAX trace, raises `ValueError` where
+    an input is not finite, with the number of the episode. On the host this is a BLAS solve with a bidiagonal matrix
+    (`tools/bench/recurrence.py` says why); on an accelerator and in a trace, doubling.
 
     >>> reverse_recurrence(0.5, np.array([1.0, 2.0, 4.0]), np.array([0, 2, 3]))
     array([2., 2., 4.])
@@ -197,7 +196,7 @@ def _doubling(decay: Array, x: Array, offsets: np.ndarray) -> Array:
     """The recurrence in log2(longest episode) steps over all actions at once, for accelerators and traces.
 
     Pairs (a, y) compose to (a a', y + a y'). Composition stops at a = 0 instead of multiplying by it, so no number of
-    one episode touches another.
+    one episode touches another. Products of decays have to be finite, as they are for decays up to 1.
     """
     xp = ops_of(x).xp
     a, y, span = xp.where(like(_is_last(offsets), x), 0.0, decay), x, 1
@@ -206,7 +205,7 @@ def _doubling(decay: Array, x: Array, offsets: np.ndarray) -> Array:
             end = xp.zeros_like(x[:span])
             a_next, y_next = xp.concatenate([a[span:], end]), xp.concatenate([y[span:], end])
             y = xp.where(a != 0, y + a * y_next, y)
-            a = xp.where((a != 0) & (a_next != 0), a * a_next, 0.0)
+            a = xp.where(a != 0, a * a_next, 0.0)
             span *= 2
     return y
 

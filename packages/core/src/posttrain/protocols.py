@@ -325,6 +325,20 @@ class Batching(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RowRules:
+    """What may be wrong with rows (block `data:`), whatever task reads them."""
+
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """Malformed rows: report all and stop, or leave them out and say how many."""
+    max_prompt_tokens: int = 0
+    """Longest prompt allowed; 0 allows any. A longer one is a malformed row."""
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_tokens < 0:
+            raise ValueError(f"max_prompt_tokens must not be negative, got {self.max_prompt_tokens}")
+
+
 class PromptSource(Protocol):
     """A loaded task."""
 
@@ -341,7 +355,9 @@ class PromptSource(Protocol):
 class Task(Protocol):
     """Where prompts come from."""
 
-    def load(self, tokenizer: Tokenizer) -> PromptSource: ...
+    def load(self, tokenizer: Tokenizer, rules: RowRules) -> PromptSource:
+        """Read and check all rows; raises one `DataError` with every malformed one."""
+        ...
 
 
 class Reward(Protocol):
@@ -350,12 +366,39 @@ class Reward(Protocol):
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]: ...
 
 
-class Tracker(Protocol):
-    """Observes a run; neither changes nor stops it."""
+class ObservedRun(Protocol):
+    """What a tracker may know of a run."""
 
-    def run_started(self, run: Any) -> None: ...
-    def step_finished(self, run: Any, step: int, metrics: Mapping[str, float]) -> None: ...
-    def run_finished(self, run: Any, error: BaseException | None) -> None: ...
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def steps(self) -> int:
+        """Iterations of the whole run."""
+        ...
+    @property
+    def loop(self) -> str:
+        """`rl` or `supervised`."""
+        ...
+    @property
+    def output(self) -> str:
+        """`auto`, `plain`, `json` or `quiet`: what the command line was asked to show."""
+        ...
+
+
+class TrackerSession(Protocol):
+    """A tracker at work on one run. Metrics under `timing/` may differ between equal runs, all others may not."""
+
+    def phase_started(self, phase: str) -> None:
+        """The run entered a phase (`rollout`, `reward`, `update`, ...), which may take long."""
+        ...
+    def step_finished(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def finished(self, error: BaseException | None) -> None: ...
+
+
+class Tracker(Protocol):
+    """Observes a run; neither changes nor stops it. What belongs to one run lives in the session."""
+
+    def start(self, run: ObservedRun) -> TrackerSession: ...
 
 
 class Searcher(Protocol):

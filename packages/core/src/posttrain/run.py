@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
@@ -22,13 +23,14 @@ from posttrain import checkpoint, config, state, supervised, trackers, trainer
 from posttrain.compose import build, check, initial_state, open_task
 from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.protocols import TrackerSession
 from posttrain.registry import Broken, Registry, discover
 from posttrain.rundir import CONFIG, RunDirectory, describe
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.steps import episode_rewards
+from posttrain.tasks.rows import Rows, write_rows
 from posttrain.timing import Phases
-from posttrain.trackers import TrackerSession
 from posttrain.trainer import SUM, Parts, resynced, synced
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,12 @@ def train(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
     loaded = config.load(Path(source) if isinstance(source, str) else source, overrides, registry or discover())
     check(loaded)
     open_task(loaded.settings)  # every malformed row is reported before a directory is made
-    with RunDirectory.create(run_path(loaded), config=config.to_yaml(loaded), manifest=manifest(loaded)) as files:
+    path = run_path(loaded)
+    rows = loaded.settings.task.given() if isinstance(loaded.settings.task, Rows) else {}
+    text = config.to_yaml(loaded, {key: str(path.resolve() / f"{key}.jsonl") for key in rows})
+    with RunDirectory.create(path, config=text, manifest=manifest(loaded)) as files:
+        for key, given in rows.items():  # rows handed over from Python become files, so that the config runs again
+            write_rows(path / f"{key}.jsonl", given)
         parts = build(loaded)
         run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
         run.state = synced(parts, run.settings, run.state)
@@ -157,8 +164,9 @@ def manifest(loaded: config.Loaded) -> dict[str, Any]:
     """What a repetition of the run must have equal."""
     settings = loaded.settings
     providers = {loaded.registry.provider(component)[0] for component in loaded.components.values()}
-    return describe(seed=settings.seed, threads=settings.threads, plugins=sorted(providers - {""}),
-                    user_files=[Path(path) for path in sorted(loaded.files)],
+    threads = settings.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    return describe(seed=settings.seed, threads=threads, plugins=sorted(providers - {""}),
+                    user_files=[Path(path) for path in sorted(loaded.files) if path.endswith(".py")],
                     started=datetime.now(UTC).isoformat(timespec="seconds"))
 
 

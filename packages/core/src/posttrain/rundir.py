@@ -150,21 +150,19 @@ class RunDirectory:
         return cls(path)
 
     @property
-    def config_path(self) -> Path:
-        """The YAML file the run was started with."""
-        return self.path / CONFIG
-
-    @property
     def manifest(self) -> dict[str, JSON]:
         """What `describe` said when the run was started."""
         return dict(json.loads((self.path / MANIFEST).read_text("utf-8")))
 
     def differences(self, now: Mapping[str, JSON]) -> list[str]:
-        """Warnings: what, by the manifest of `now`, makes a resumed run no longer bitwise the uninterrupted one."""
+        """What, by the manifest of `now`, makes a resumed run no longer bitwise the uninterrupted one; also logged."""
         then = self.manifest
-        return [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}: "
-                "the resumed run is no longer bitwise equal to an uninterrupted one"
-                for name in _BITWISE if then.get(name) != now.get(name)]
+        found = [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}: "
+                 "the resumed run is no longer bitwise equal to an uninterrupted one"
+                 for name in _BITWISE if then.get(name) != now.get(name)]
+        for text in found:
+            logger.warning("%s", text)
+        return found
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; see `metric_record`."""

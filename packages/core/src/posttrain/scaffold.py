@@ -16,7 +16,7 @@ TRAIN = """\
 #   posttrain show estimator grpo              the fields of one of them
 
 recipe: grpo                  # estimator, objective and KL that belong together; ppo, rloo, dr_grpo, dapo, gspo, ...
-steps: 150                    # rollouts
+steps: 400                    # rollouts
 seed: 0
 
 policy: {use: torch, hidden_size: 64, layers: 2, heads: 4, kv_heads: 4, max_positions: 64}
@@ -33,9 +33,10 @@ rollout:
   max_new_tokens: 4
 update:
   steps_per_rollout: 2        # optimiser steps, on disjoint halves of the episodes
+  entropy_coef: 0.02          # keeps answers varied
 kl: none                      # the start is random weights: nothing to stay close to
 optimizer: {lr: 1e-3}
-evaluate: {every: 50}         # greedy answers to the held-out rows
+evaluate: {every: 100}        # greedy answers to the held-out rows
 """
 
 REWARDS = '''\

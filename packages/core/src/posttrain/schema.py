@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from posttrain.protocols import Optimization
+from posttrain.protocols import Optimization, RowRules
 
 
 def part(kind: str, default: Any = None) -> Any:
@@ -38,8 +38,6 @@ class RolloutSettings:
     """0 keeps the whole vocabulary."""
     min_p: float = 0.0
     max_new_tokens: int = 64
-    max_prompt_tokens: int = 0
-    """Longest prompt allowed; 0 allows any. A longer one is reported before training."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer."""
     staleness: int = 0
@@ -118,14 +116,6 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Block `data:` - how rows are read, whatever task reads them."""
-
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """Malformed rows: report all and stop, or leave them out and say how many."""
-
-
-@dataclass(frozen=True)
 class ResumeSettings:
     """Block `resume:`."""
 
@@ -176,7 +166,7 @@ class Settings:
     """Of a separate critic; default: as `optimizer`."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: RowRules = field(default_factory=RowRules)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     trackers: Mapping[str, Any] = parts("tracker", {"console": "console", "jsonl": "jsonl"})
     plugins: tuple[str, ...] = ()

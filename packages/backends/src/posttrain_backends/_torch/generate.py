@@ -320,7 +320,7 @@ class TorchSampler:
                 if rows == 1:
                     raise MemoryExhausted(
                         f"{error}; a single answer of up to {columns} tokens does not fit beside the model: lower "
-                        "rollout.max_new_tokens, rollout.max_prompt_tokens or engine.prefill_tokens") from None
+                        "rollout.max_new_tokens, data.max_prompt_tokens or engine.prefill_tokens") from None
             rows = self._most_rows = rows // 2
             if self._model.output_weight.is_cuda:
                 torch.cuda.empty_cache()  # the smaller attempt must not fail on fragments of the larger one

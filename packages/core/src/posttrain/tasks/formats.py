@@ -203,7 +203,7 @@ def _untokenizable(prompt: Prompt, form: Format, tokenizer: Tokenizer, longest: 
         if length == 0:
             yield f"column '{form.prompt}' has no token"
         if longest and length > longest:
-            yield f"column '{form.prompt}' has {length} tokens, more than max_prompt_tokens, {longest}"
+            yield f"column '{form.prompt}' has {length} tokens, more than data.max_prompt_tokens, {longest}"
     except (DataError, ValueError) as error:
         yield f"column '{form.prompt}': {error}"
     if COMPLETION in prompt.extra and (form.completion or form.answered):

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 
 from posttrain.data import Prompt
 from posttrain.errors import DataError, Problem
-from posttrain.protocols import PromptSource, Tokenizer
+from posttrain.protocols import PromptSource, RowRules, Tokenizer
 from posttrain.tasks.formats import Format, Row, detect, prompt_of, row_of
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,6 @@ class Rows:
     """Column of the answer, for supervised training."""
     limit: int = 0
     """Read only this many of the rows to learn from; 0 reads all."""
-    max_prompt_tokens: int = 0
-    """Longest prompt allowed, in tokens; 0 allows any."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    """Malformed rows: report all and stop, or leave them out and say how many."""
     shuffle: bool = True
     """A new order in each epoch; false keeps the order of the file."""
 
@@ -68,19 +64,24 @@ class Rows:
         given = [n for n in ("held_out", "held_out_rows", "held_out_fraction") if getattr(self, n)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say what is held out; keep one")
-        if not 0 <= self.held_out_fraction < 1 or self.limit < 0 or self.max_prompt_tokens < 0:
-            raise ValueError("held_out_fraction lies in [0, 1); limit and max_prompt_tokens are not negative")
+        if not 0 <= self.held_out_fraction < 1 or self.limit < 0:
+            raise ValueError("held_out_fraction lies in [0, 1), and limit is not negative")
 
-    def load(self, tokenizer: Tokenizer) -> PromptSource:
+    def given(self) -> dict[str, tuple[dict[str, Any], ...]]:
+        """Rows that came from Python, by the field that would name their file."""
+        found = {"path": self.rows, "held_out": self.held_out_rows}
+        return {name: rows for name, rows in found.items() if rows}
+
+    def load(self, tokenizer: Tokenizer, rules: RowRules) -> PromptSource:
         """Read and check all rows; raises one `DataError` with every malformed one, by file, line and column."""
         name = self.path or "rows"
         read = list(_read(self.path) if self.path else _given(name, self.rows))
-        checked = [_checked(name, read[: self.limit or None], self, tokenizer)]
+        checked = [_checked(name, read[: self.limit or None], self, tokenizer, rules)]
         if self.held_out or self.held_out_rows:
             name = self.held_out or "held_out_rows"
             read = list(_read(self.held_out) if self.held_out else _given(name, self.held_out_rows))
-            checked.append(_checked(name, read, self, tokenizer))
-        if bad := [c for c in checked if c.problems and (self.on_bad_row == "fail" or not c.prompts)]:
+            checked.append(_checked(name, read, self, tokenizer, rules))
+        if bad := [c for c in checked if c.problems and (rules.on_bad_row == "fail" or not c.prompts)]:
             raise _refusal(bad)
         for c in checked:
             log.info("%s: %d rows, %s", c.name, len(c.prompts), c.format)
@@ -125,6 +126,17 @@ class PromptRows:
         return taken
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as a JSONL file. Raises `DataError` naming a row that JSON cannot hold."""
+    lines = []
+    for i, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise DataError([Problem(f"cannot be kept with the run: {error}", f"rows[{i}]")]) from error
+    path.write_text("".join(lines), "utf-8")
+
+
 def _read(path: str) -> Iterator[Row]:
     """The rows of a JSONL file; blank lines are passed over, what is no JSON object is kept as a problem."""
     try:
@@ -166,12 +178,12 @@ class Checked:
     problems: tuple[Sequence[Problem], ...]
 
 
-def _checked(name: str, rows: Sequence[Row], keys: Rows, tokenizer: Tokenizer) -> Checked:
+def _checked(name: str, rows: Sequence[Row], keys: Rows, tokenizer: Tokenizer, rules: RowRules) -> Checked:
     if not rows:
         raise DataError([Problem("there is no row; write one JSON object per line", name)])
     form = detect(name, [r.columns for r in rows if not r.problem],
                   keys.prompt_key, keys.messages_key, keys.completion_key)
-    made = [prompt_of(row, i, form, tokenizer, keys.max_prompt_tokens) for i, row in enumerate(rows)]
+    made = [prompt_of(row, i, form, tokenizer, rules.max_prompt_tokens) for i, row in enumerate(rows)]
     return Checked(name, len(rows), form, tuple(m for m in made if isinstance(m, Prompt)),
                    tuple(m for m in made if not isinstance(m, Prompt)))
 

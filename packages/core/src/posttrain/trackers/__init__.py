@@ -9,45 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Protocol, final
+from typing import final
+
+from posttrain.protocols import ObservedRun, Tracker, TrackerSession
 
 logger = logging.getLogger(__name__)
-
-
-class ObservedRun(Protocol):
-    """What a tracker may know of a run."""
-
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def steps(self) -> int:
-        """Iterations of the whole run."""
-        ...
-    @property
-    def loop(self) -> str:
-        """`rl` or `supervised`."""
-        ...
-    @property
-    def output(self) -> str:
-        """`auto`, `plain`, `json` or `quiet`: what the command line was asked to show."""
-        ...
-
-
-class TrackerSession(Protocol):
-    """A tracker at work on one run. Metrics under `timing/` may differ between equal runs, all others may not."""
-
-    def phase_started(self, phase: str) -> None:
-        """The run entered a phase (`rollout`, `rewards`, `update`, ...), which may take long."""
-        ...
-    def step_finished(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def finished(self, error: BaseException | None) -> None: ...
-
-
-class Tracker(Protocol):
-    """The component: configuration alone. What belongs to a run lives in the session."""
-
-    def start(self, run: ObservedRun) -> TrackerSession: ...
 
 
 @final

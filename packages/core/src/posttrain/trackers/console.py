@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TextIO, final
 
 from posttrain.errors import did_you_mean
 from posttrain.rundir import metric_record
-from posttrain.trackers import ObservedRun, Silent, TrackerSession
+from posttrain.protocols import ObservedRun, TrackerSession
+from posttrain.trackers import Silent
 
 if TYPE_CHECKING:
     from rich.console import Console as Terminal

@@ -9,7 +9,8 @@ from typing import final
 
 from posttrain.errors import InputError, Problem
 from posttrain.rundir import METRICS, JsonLines, metric_record
-from posttrain.trackers import ObservedRun, Silent, TrackerSession
+from posttrain.protocols import ObservedRun, TrackerSession
+from posttrain.trackers import Silent
 
 
 @final
