@@ -27,7 +27,7 @@ def write_data(folder: Path) -> None:
     random.Random(0).shuffle(pairs)
     folder.mkdir(exist_ok=True)
     for name, chosen in (("held_out", pairs[:HELD_OUT]), ("train", pairs[HELD_OUT:])):
-        rows = ({"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in chosen)
+        rows = ({"prompt": f"{a:02}+{b:02}=", "completion": f"{a + b:03}", "answer": f"{a + b:03}"} for a, b in chosen)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

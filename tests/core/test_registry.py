@@ -10,9 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import posttrain
+import pytest
 from posttrain.errors import ConfigError, PluginError
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.protocols import KINDS
@@ -186,9 +185,9 @@ def test_a_missing_package_names_the_extra_that_brings_it(site: Path, monkeypatc
         registry.create("backend", "hf")
     assert message(error) == ("backend 'hf' needs transformers, which is not installed: "
                               "pip install 'posttrain-backends[hf]'")
-    with pytest.raises(PluginError, match="needs sklearn, which is not installed: pip install scikit-learn"):
-        with registry.importing(registry.resolve("backend", "hf")):
-            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.metrics")
+    with (pytest.raises(PluginError, match="needs sklearn, which is not installed: pip install scikit-learn"),
+          registry.importing(registry.resolve("backend", "hf"))):
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.metrics")
 
 
 def test_a_target_that_does_not_exist_is_the_plugins_fault(site: Path) -> None:
@@ -292,8 +291,7 @@ def test_the_first_party_plugins_are_whole() -> None:
 
 
 def test_listing_imports_no_framework_and_no_component() -> None:
-    code = ("import sys; from posttrain.protocols import KINDS
-from posttrain.registry import discover; r = discover(); assert r.components('estimator');"
+    code = ("import sys; from posttrain.registry import discover; r = discover(); assert r.components('estimator');"
             "heavy = {'torch', 'jax', 'scipy', 'typer', 'rich', 'omegaconf', 'tokenizers', 'posttrain.tokenizers',"
             "'posttrain_estimators.baselines', 'posttrain_backends.torch_native'} & set(sys.modules);"
             "assert not heavy, heavy")

@@ -50,7 +50,7 @@ def construct(cls: Any, values: Mapping[str, Any], key: Key, report: Report, wha
         elif special is not None and "kind" in known[name].metadata:
             found[name] = special(known[name], value, at)
         elif is_dataclass(hints.get(name)) and isinstance(value, Mapping):
-            found[name] = construct(hints[name], value, at, note, what, special)
+            found[name] = construct(hints[name], value, at, note, special=special)
         else:
             found[name] = convert(hints.get(name, Any), value, at, note)
     try:
@@ -72,7 +72,8 @@ def convert(hint: Any, value: Any, key: Key, report: Report) -> Any:
     shape = next((shape for origin, shape in _SHAPES if (get_origin(hint) or hint) in origin), _opaque)
     fits, made = shape(hint, value, key, report)
     if not fits:
-        said = "; YAML reads on, off, yes and no as true and false: quote the word" if isinstance(value, bool) else ""
+        word = isinstance(value, bool) and str in (hint, *map(type, get_args(hint)))
+        said = "; YAML reads on, off, yes and no as true and false: quote the word" if word else ""
         near = did_you_mean(str(value), map(str, get_args(hint))) if get_origin(hint) is Literal else ""
         report(key, f"{dotted(key)} must be {_phrase(hint)}, got {value!r}{said}{near}")
     return made

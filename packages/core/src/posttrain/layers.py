@@ -139,10 +139,10 @@ def parse(text: str, name: str, base: Path, reading: Reading, bare: bool = False
 
 def _plain(loader: _Loader, node: yaml.Node, key: Key, marks: dict[Key, Mark], reading: Reading, mark: Mark) -> Any:
     """Dicts, lists and scalars of a node; marks every key with its line, and reports keys written twice."""
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.SequenceNode) and node.tag == loader.DEFAULT_SEQUENCE_TAG:
         return [_plain(loader, item, (*key, i), marks, reading, mark) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+    if not isinstance(node, yaml.MappingNode) or node.tag != loader.DEFAULT_MAPPING_TAG:
+        return loader.construct_object(node)  # raises where a tag asks for more than plain values
     written: dict[str, int] = {}
     for name_node, _ in node.value:
         name, line = str(name_node.value), name_node.start_mark.line + 1
@@ -212,11 +212,12 @@ def slots(block: type = Settings, above: Key = ()) -> Iterator[tuple[Key, Mappin
         if "kind" in f.metadata:
             yield (*above, f.name), f.metadata
         elif _is_block(f):
-            yield from slots(f.default_factory, (*above, f.name))  # type: ignore[arg-type]  # a block's class
+            yield from slots(f.default_factory, (*above, f.name))  # type: ignore[arg-type]  # it is a block's class
 
 
 def _is_block(f: Field[Any]) -> bool:
-    return isinstance(f.default_factory, type) and is_dataclass(f.default_factory)
+    factory: Any = f.default_factory
+    return isinstance(factory, type) and is_dataclass(factory)
 
 
 def merge(layers: Sequence[Layer], problems: list[Problem]) -> tuple[dict[str, Any], dict[Key, Mark]]:

@@ -28,6 +28,7 @@ class ExactMatch:
     strip: bool = True
     """Ignore white space at both ends."""
     ignore_case: bool = False
+    """Compare without regard to case."""
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         def form(text: str) -> str:

@@ -1,0 +1,248 @@
+"""The command line: what it prints, how it ends, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import posttrain
+import pytest
+import typer
+from posttrain import cli, run, scaffold
+from posttrain.errors import CheckpointDamaged, InputError
+from posttrain.hookspecs import Component, hookimpl
+from posttrain.protocols import KINDS
+from posttrain.recipes import RECIPES
+from posttrain.registry import Foreign, Registry, discover
+
+HEAVY = ("torch", "jax", "transformers", "scipy", "tokenizers", "rich", "omegaconf", "matplotlib")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with what `posttrain init` writes."""
+    monkeypatch.chdir(tmp_path)
+    scaffold.write(tmp_path)
+    return tmp_path
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def use(monkeypatch: pytest.MonkeyPatch, found: Registry) -> None:
+    monkeypatch.setattr(cli, "discover", lambda: found)
+
+
+def process(arguments: Sequence[str]) -> tuple[float, list[str], str]:
+    """Seconds of CPU, heavy modules and output of one command in a process of its own."""
+    code = ("import sys, json, time, io, contextlib\nfrom posttrain.cli import main\nout = io.StringIO()\n"
+            f"with contextlib.redirect_stdout(out): code = main({list(arguments)!r})\nassert code == 0, code\n"
+            f"print(json.dumps([time.process_time(), sorted(set({HEAVY!r}) & set(sys.modules)), out.getvalue()]))")
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    seconds, heavy, out = json.loads(done.stdout)
+    return seconds, heavy, out
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["train", "--help"], "[KEY=VALUE]"), (["--help"], "plugins"), (["plugins"], "estimator"),
+    (["plugins", "--json"], '"components"'),
+])
+def test_help_and_listing_are_quick_and_import_no_framework(arguments: list[str], says: str) -> None:
+    seconds, heavy, out = process(arguments)
+    assert heavy == [] and says in out
+    assert seconds < 0.8, f"{seconds} s of CPU"  # 0.3 s on an idle core; a framework alone takes more than a second
+
+
+def test_plugins_lists_every_component_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = called(capsys, "plugins")
+    assert (code, err) == (0, "")
+    for component in discover().components():
+        assert any(line.split()[:2] == [component.kind, component.name] for line in out.splitlines()), component
+    assert all(f"recipe     {name}" in out for name in RECIPES)
+    code, out, _ = called(capsys, "plugins", "kl")
+    assert [line.split()[:2] for line in out.splitlines()] == [["kl", "adaptive"], ["kl", "fixed"], ["kl", "none"]]
+
+
+def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called(capsys, "plugins", "estimator", "--json")
+    listed = {c["name"]: c for c in json.loads(out)["components"]}
+    assert code == 0 and listed["gae"]["distribution"] == "posttrain-estimators"
+    assert listed["gae"]["version"] == posttrain.__version__
+
+
+class Broken:
+    """A plugin that fails in two hooks."""
+
+    @hookimpl
+    def components(self) -> list[Component]:
+        raise RuntimeError("no such luck")
+
+
+class BrokenCommands:
+    """A plugin that cannot add its commands."""
+
+    @hookimpl
+    def commands(self, app: typer.Typer) -> None:
+        raise RuntimeError("no commands")
+
+
+class Commands:
+    """A plugin with a command of its own."""
+
+    @hookimpl
+    def commands(self, app: typer.Typer) -> None:
+        @app.command()
+        def tune(context: typer.Context) -> None:
+            """Search."""
+            assert isinstance(context.obj, Registry)
+            print("tuned")
+
+
+def test_broken_and_foreign_plugins_are_told_loudly(capsys: pytest.CaptureFixture[str],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    found = discover([Broken(), BrokenCommands()], environ={}, entry_points=())
+    use(monkeypatch, Registry(found.plugins, found.broken, (Foreign("from-tomorrow", "posttrain.v2"),), found.hooks,
+                              found.rediscover))
+    code, out, err = called(capsys, "plugins", "estimator")
+    assert (code, out) == (0, "")
+    assert err.splitlines() == [
+        "BROKEN plugin BrokenCommands: commands: RuntimeError: no commands",
+        "BROKEN plugin Broken: RuntimeError: no such luck",
+        "IGNORED plugin from-tomorrow: it is written for 'posttrain.v2', another version of the plugin interface"]
+    broken = json.loads(called(capsys, "plugins", "--json")[1])
+    assert broken["broken"][0]["distribution"] == "Broken" and broken["foreign"][0]["group"] == "posttrain.v2"
+
+
+def test_plugins_add_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, discover([Commands()]))
+    assert called(capsys, "tune") == (0, "tuned\n", "")
+
+
+def test_nothing_installed_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, discover(environ={}, entry_points=()))
+    assert "no plugin is installed: pip install" in called(capsys, "plugins")[2]
+
+
+def test_show_says_what_each_field_means(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called(capsys, "show", "estimator", "rloo")
+    assert code == 0
+    assert "source:      Kool et al. 2019" in out and "provided by: posttrain-estimators" in out
+    assert "  baseline: Literal['mean', 'leave_one_out'] = 'leave_one_out'\n      b: the mean of the group" in out, \
+        "the preset's default and the attribute's docstring"
+
+
+def test_every_component_can_be_shown_and_has_documented_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    found = discover()
+    for component in found.components():
+        code, out, err = called(capsys, "show", component.kind, component.name)
+        assert (code, err) == (0, "") and component.summary in out
+        target = found.load(component)
+        undocumented = set(getattr(target, "__dataclass_fields__", {})) - set(cli.field_docs(target))
+        assert not undocumented, f"{component.target}: {undocumented}"
+
+
+def test_show_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called(capsys, "show", "recipe", "ppo")
+    assert code == 0 and "critic: policy\n" in out and "Schulman et al. 2017" in out
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["plugins", "estimatr"], 2, "'estimatr' is no kind of component; did you mean 'estimator'?  kinds: estimator, "),
+    (["show", "estimator", "grppo"], 2, "estimator 'grppo' not found; did you mean 'grpo' (posttrain-estimators "),
+    (["show", "recipe", "grppo"], 2, "recipe 'grppo' not found; did you mean 'grpo'?  recipes: "),
+    (["config", "gone.yaml"], 2, "cannot read gone.yaml: No such file or directory"),
+    (["config", "train.yaml", "stepz=3"], 2, "stepz is not a key; did you mean 'steps'? (command line)"),
+    (["check", "train.yaml", "estimator=gae"], 2, "estimator 'gae' needs 'values'"),
+    (["init"], 2, "this file exists and is not overwritten (train.yaml)"),
+    (["sample", "nowhere", "1+1="], 2, "nowhere is not a run directory"),
+    (["trian"], 2, "No such command 'trian'"), (["train"], 2, "FILE"), (["sample", "runs/x", "a", "-n", "0"], 2, "-n"),
+])
+def test_wrong_input_ends_with_2_and_no_traceback(capsys: pytest.CaptureFixture[str], folder: Path,
+                                                  arguments: list[str], code: int, message: str) -> None:
+    found, out, err = called(capsys, *arguments)
+    assert found == code and message in err and "Traceback" not in err and out == ""
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [
+    (InputError(["first", "second"]), 2, "first\nsecond\n"), (CheckpointDamaged("step 3 is damaged"), 3, "step 3 is"),
+    (KeyboardInterrupt(), 130, ""),
+])
+def test_errors_end_with_their_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+                                         error: BaseException, code: int, says: str) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "resume", failing)
+    found, _, err = called(capsys, "resume", "runs/x")
+    assert found == code and says in err and "Traceback" not in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "resume", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["resume", "runs/x"])
+
+
+def test_config_prints_the_merged_configuration(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, out, _ = called(capsys, "config", "train.yaml", "seed=7", "kl=fixed", "kl.coef=0.5")
+    assert code == 0 and "seed: 7\n" in out and "kl:\n  use: fixed\n  coef: 0.5\n" in out
+    (folder / "again.yaml").write_text(out)
+    assert called(capsys, "config", "again.yaml")[1] == out
+
+
+def test_check_prints_sizes_parts_files_and_rows(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, out, err = called(capsys, "check", "train.yaml", "rollout.group_size=4", "task.held_out_fraction=0.25")
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert ["episodes", "per", "step", "64", "(16", "prompts", "x", "4", "answers)"] in lines
+    assert any(line[:2] == ["estimator", "grpo"] for line in lines)
+    assert any(line and line[0].endswith("rewards.py") for line in lines)
+    assert ["to", "learn", "from", "75"] in lines and ["held", "out", "25"] in lines
+
+
+def test_check_reports_rows_that_cannot_be_read(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"promt": "1+2="}\n')
+    code, _, err = called(capsys, "check", "train.yaml")
+    assert code == 2 and "data.jsonl:2" in err
+
+
+def test_init_writes_what_runs_and_overwrites_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    where = tmp_path / "new" / "project"
+    code, out, _ = called(capsys, "init", str(where))
+    assert code == 0 and {path.name for path in where.iterdir()} == {"train.yaml", "rewards.py", "data.jsonl"}
+    assert f"posttrain train {where / 'train.yaml'}" in out
+    (where / "train.yaml").unlink()
+    (where / "rewards.py").write_text("# mine\n")
+    code, _, err = called(capsys, "init", str(where))
+    assert code == 2 and (where / "rewards.py").read_text() == "# mine\n" and not (where / "train.yaml").exists()
+    assert len(err.splitlines()) == 3, "both files that exist, and what to do"
+
+
+def test_train_eval_sample_and_resume(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """The scaffold's own configuration for two steps, through every command that has a run."""
+    code, out, err = called(capsys, "train", "train.yaml", "steps=2", "run=runs/here", "threads=1", "evaluate.every=0",
+                            "--json")
+    assert code == 0, err
+    assert all(isinstance(json.loads(line), dict) for line in out.splitlines()) and len(out.splitlines()) >= 2
+    assert (folder / "runs" / "here" / "config.yaml").is_file()
+    code, out, _ = called(capsys, "eval", "runs/here", "--json")
+    assert code == 0 and json.loads(out)
+    code, out, _ = called(capsys, "sample", "runs/here", "1+1=", "-n", "3", "--temperature", "0", "--json")
+    answers = [json.loads(line)["completion"] for line in out.splitlines()]
+    assert code == 0 and len(answers) == 3 and len(set(answers)) == 1, "greedy answers are equal"
+    code, _, err = called(capsys, "resume", "runs/here", "steps=3")
+    assert code == 0, err
+    steps = [json.loads(line)["step"] for line in (folder / "runs/here/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 3
+    code, _, err = called(capsys, "train", "train.yaml", "run=runs/here")
+    assert code == 2 and "already holds a run" in err
+
+
+def test_recipe_is_no_kind_of_component() -> None:
+    assert cli.RECIPE not in KINDS

@@ -1,0 +1,464 @@
+"""Configurations: layers, names, types, and every problem at once with the line where it stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from omegaconf import OmegaConf
+from posttrain.config import Loaded, RewardEntry, derived, load, to_yaml
+from posttrain.errors import ConfigError
+from posttrain.hookspecs import Component, hookimpl
+from posttrain.recipes import RECIPES
+from posttrain.registry import Registry, discover
+from posttrain.schema import Settings
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A nested block of a component."""
+
+    rate: float = 0.0
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A component with a field of every type that a configuration can express."""
+
+    number: float = 0.0
+    whole: int = 0
+    flag: bool = False
+    text: str = ""
+    choice: Literal["on", "mask", "none"] = "none"
+    several: tuple[str, ...] = ()
+    pair: tuple[float, int] = (0.0, 0)
+    maybe: int | None = None
+    either: float | Literal["auto"] = "auto"
+    table: Mapping[str, float] = field(default_factory=dict)
+    items: list[int] = field(default_factory=list)
+    inner: Inner = field(default_factory=Inner)
+    file: str = field(default="", metadata={"path": True})
+    anything: Any = None
+    function: Callable[[int], int] | None = None
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.limit <= 0:
+            raise ValueError(f"limit must be positive, got {self.limit}")
+
+
+class Plugin:
+    """Declares `Typed` as an estimator, a preset of it, and a tracker with a secret."""
+
+    @hookimpl
+    def components(self) -> list[Component]:
+        target = f"{__name__}:Typed"
+        return [Component("estimator", "typed", target, "every type"),
+                Component("estimator", "preset", target, "a preset", defaults={"number": 0.5, "whole": 7}),
+                Component("tracker", "remote", f"{__name__}:Remote", "has a secret")]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A tracker that is told a secret."""
+
+    api_key: str = ""
+    url: str = ""
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    sys.modules.setdefault(__name__, sys.modules[Typed.__module__])
+    return discover([Plugin()], environ={})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with rows and rewards."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "rewards.py").write_text(
+        "def correct(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n"
+        "def scaled(prompts, completions, by=1.0, **columns):\n    return [by for _ in completions]\n"
+        "def rows(n=1):\n    return [{'prompt': str(i)} for i in range(n)]\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def given(registry: Registry, text: str, *overrides: str) -> Loaded:
+    Path("train.yaml").write_text(text)
+    return load(Path("train.yaml"), overrides, registry)
+
+
+def problems(registry: Registry, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        given(registry, text, *overrides)
+    assert error.value.exit_code == 2
+    return [str(problem) for problem in error.value.problems]
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+def test_an_empty_file_is_the_schemas_defaults(folder: Path, registry: Registry) -> None:
+    loaded = given(registry, "")
+    plain = {f for f in asdict(Settings()) if f not in loaded.components and f not in ("trackers", "rollout")}
+    for name in plain:
+        assert getattr(loaded.settings, name) == getattr(Settings(), name), name
+    assert loaded.components["estimator"].name == "grpo" and loaded.components["rollout.engine"].name == "batched"
+    assert set(loaded.settings.trackers) == {"console", "jsonl"}
+    assert (loaded.base, loaded.name) == (folder, "train")
+
+
+@pytest.mark.parametrize(("written", "name", "value"), [
+    ("1e-6", "number", 1e-6), ("3", "number", 3.0), ("1E5", "whole", 100_000), ("-7", "whole", -7),
+    ("true", "flag", True), ("'7'", "text", "7"), ("2026-01-02", "text", "2026-01-02"), ("'on'", "choice", "on"),
+    ("[a, b]", "several", ("a", "b")), ("[]", "several", ()), ("[1, 2]", "pair", (1.0, 2)), ("null", "maybe", None),
+    ("3", "maybe", 3), ("auto", "either", "auto"), ("2", "either", 2.0), ("{a: 1}", "table", {"a": 1.0}),
+    ("[1, 2]", "items", [1, 2]), ("{rate: 1, names: [x]}", "inner", Inner(1.0, ("x",))), ("[1, {a: b}]", "anything",
+                                                                                         [1, {"a": "b"}]),
+])
+def test_values_become_what_the_annotation_asks(folder: Path, registry: Registry, written: str, name: str,
+                                                value: Any) -> None:
+    made = getattr(given(registry, f"estimator: {{use: typed, {name}: {written}}}").settings.estimator, name)
+    assert made == value and type(made) is type(value)
+
+
+@pytest.mark.parametrize(("written", "name", "message"), [
+    ("high", "number", "must be a number, got 'high'"), ("true", "number", "must be a number, got True"),
+    ("1.5", "whole", "must be a whole number, got 1.5"), ("'3'", "whole", "must be a whole number, got '3'"),
+    ("1", "flag", "must be true or false, got 1"), ("5", "text", "must be text, got 5"),
+    ("on", "choice", "must be one of 'on', 'mask', 'none', got True; YAML reads on, off, yes and no as true and false: "
+                     "quote the word"),
+    ("maks", "choice", "must be one of 'on', 'mask', 'none', got 'maks'; did you mean 'mask'?"),
+    ("abc", "several", "must be a list, got 'abc'"), ("[1]", "several", "must be text, got 1"),
+    ("[1]", "pair", "must be a list of 2 values, got [1]"), ("x", "maybe", "must be a whole number or null, got 'x'"),
+    ("x", "either", "must be a number or one of 'auto', got 'x'"), ("[1]", "table", "must be a map, got [1]"),
+    ("3", "inner", "must be a block of keys, got 3"),
+])
+def test_values_of_a_wrong_type(folder: Path, registry: Registry, written: str, name: str, message: str) -> None:
+    text = f"steps: 3\nestimator:\n  use: typed\n  {name}: {written}\n"
+    assert problems(registry, text) == [f"estimator.{name} {message} (train.yaml:4)"]
+
+
+def test_a_problem_deep_inside_names_the_whole_key(folder: Path, registry: Registry) -> None:
+    text = "estimator:\n  use: typed\n  inner:\n    rte: 1\n  table: {a: x}\ncritic_optimizer:\n  lr: fast\n  lrr: 2\n"
+    assert problems(registry, text) == [
+        "estimator.inner.rte is not a key; did you mean 'rate'? (train.yaml:4)",
+        "estimator.table.a must be a number, got 'x' (train.yaml:5)",
+        "critic_optimizer.lr must be a number, got 'fast' (train.yaml:7)",
+        "critic_optimizer.lrr is not a key; did you mean 'lr'? (train.yaml:8)"]
+
+
+# --- every problem at once --------------------------------------------------------------------------------------------
+
+WRONG = """\
+recipe: grppo
+stepz: 3
+loop: on
+seed: 1
+rollout:
+  group_sise: 4
+  temperature: -1
+  stop: abc
+estimator:
+  use: gae
+  lamb: 0.5
+kl: fixd
+task: {use: rows, path: nope.jsonl}
+rewards:
+  a: {use: exact_match, weight: heavy}
+  b: {file: rewards.py:corect}
+  c: {file: gone.py:x}
+  d:
+    use: length
+    hard_limit: 5
+seed: 4
+run: ${oc.env:NO_SUCH_VARIABLE}
+"""
+
+
+def test_every_problem_is_told_at_once_with_its_line(folder: Path, registry: Registry) -> None:
+    found = problems(registry, WRONG, "rollout.top_k=many", "nonsense")
+    assert found == [
+        "recipe 'grppo' not found; did you mean 'grpo'?  recipes: reinforce, grpo, dr_grpo, rloo, ppo, dapo, gspo, sft "
+        "(train.yaml:1)",
+        "stepz is not a key; did you mean 'steps'? (train.yaml:2)",
+        "loop must be one of 'rl', 'supervised', got True; YAML reads on, off, yes and no as true and false: quote the "
+        "word (train.yaml:3)",
+        "rollout.group_sise is not a key; did you mean 'group_size'? (train.yaml:6)",
+        "rollout: temperature must be positive in training; evaluate.temperature may be 0 (greedy) (train.yaml:7)",
+        "rollout.stop must be a list, got 'abc' (train.yaml:8)",
+        "estimator.lamb is not a field of gae; did you mean 'lam'? (train.yaml:11)",
+        "kl 'fixd' not found; did you mean 'fixed' (posttrain-objectives 0.1.0)?  installed: adaptive, fixed, none  "
+        "all: posttrain plugins kl (train.yaml:12)",
+        f"task.path: no such file: {folder / 'nope.jsonl'} (train.yaml:13)",
+        "rewards.a.weight must be a number, got 'heavy' (train.yaml:15)",
+        "rewards.b.file: rewards.py has no 'corect'; did you mean 'correct'? (train.yaml:16)",
+        f"rewards.c.file: no such file: {folder / 'gone.py'} (train.yaml:17)",
+        "rewards.d: limits must rise from 0: soft_limit 256, hard_limit 5 (train.yaml:20)",
+        "seed is written twice, first in line 4 (train.yaml:21)",
+        "run: KeyError raised while resolving interpolation: \"Environment variable 'NO_SUCH_VARIABLE' not found\" "
+        "(train.yaml:22)",
+        "'nonsense' is not a setting; write key=value, as in rollout.group_size=8 (command line)",
+        "rollout.top_k must be a whole number, got 'many' (command line)"]
+
+
+def test_the_whole_report_is_one_text(folder: Path, registry: Registry) -> None:
+    with pytest.raises(ConfigError) as error:
+        given(registry, "estimator: {use: gae, lamb: 1, gama: 1}")
+    assert str(error.value).splitlines() == [
+        "train.yaml cannot be run:",
+        "  estimator.lamb is not a field of gae; did you mean 'lam'? (train.yaml:1)",
+        "  estimator.gama is not a field of gae; did you mean 'gamma'? (train.yaml:1)"]
+    with pytest.raises(ConfigError, match=r"^estimator.lamb is not a field of gae; .* \(command line\)$"):
+        given(registry, "estimator: gae", "estimator.lamb=1")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("zzz: 1", "zzz is not a key; known: steps, loop, seed, "),
+    ("recipie: grpo", "did you mean 'recipe'? (train.yaml:1)"),
+    ("rollout: {zzz: 1}", "rollout.zzz is not a key; known: engine, prompts_per_step, "),
+    ("estimator: {use: gae, zzz: 1}", "estimator.zzz is not a field of gae; known: gamma, lam, "),
+    ("estimator: null", "estimator must name a component of kind estimator, as in estimator: NAME or "),
+    ("kl: off", "got False; quote the word if YAML took it for true or false (train.yaml:1)"),
+    ("estimator: [gae]", "got ['gae'] (train.yaml:1)"), ("estimator: {use: 3}", "got 3 (train.yaml:1)"),
+    ("critic: {lr: 1}", "critic must name a component of kind backend"),
+    ("rollout: 3", "rollout must be a block of keys, got 3 (train.yaml:1)"),
+    ("rewards: [exact_match]", "rewards must be a map of names to components, as in rewards: {my_name: NAME}"),
+    ("rewards: {a: {weight: 2}}", "rewards.a must name a component of kind reward"),
+    ("rewards: {a: {file: rewards.py}}", "rewards.a.file must be path.py:name, got 'rewards.py'"),
+    ("estimator: {use: typed, limit: -2}", "estimator: limit must be positive, got -2.0 (train.yaml:1)"),
+    ("steps: 0", "steps must be at least 1, got 0 (train.yaml:1)"),
+    ("steps: ${", "steps: no viable alternative at input '${' (train.yaml:1)"),
+    ("steps: ${no.such.key}", "steps: Interpolation key 'no.such.key' not found (train.yaml:1)"),
+    ("steps: ${nonsense:1}", "steps: Unsupported interpolation type nonsense (train.yaml:1)"),
+    ("rollout: {stop: ['${no}']}", "rollout.stop.0: Interpolation key 'no' not found (train.yaml:1)"),
+    ("task: ${no}", "task.use: Interpolation key 'no' not found (train.yaml:1)"),
+    ("extends: gone.yaml", "extends: no such file: "), ("plugins: [gone.py]", "plugins: no such file: "),
+    ("plugins: gone.py", "plugins must be a list, got 'gone.py' (train.yaml:1)"),
+    ("extends: train.yaml", "extends: extends itself (train.yaml:1)"),
+    ("a: [1", "not valid YAML: expected ',' or ']', but got '<stream end>' (train.yaml:1)"),
+    ("steps: !!python/object/apply:os.system ['true']", "not valid YAML: could not determine a constructor"),
+    ("seed: &a [*a]", "not valid YAML"), ("- 1", "must be a block of `key: value` lines (train.yaml)"),
+    ("rewards: {a: '<python: m.f>'}", "it was a Python object: write it as file: path.py:name"),
+    ("estimator: torch", "estimator 'torch' not found; 'torch' is declared with kind 'backend'"),
+])
+def test_one_problem_is_one_message(folder: Path, registry: Registry, text: str, message: str) -> None:
+    found = problems(registry, text)
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_a_file_that_cannot_be_read(folder: Path, registry: Registry) -> None:
+    with pytest.raises(ConfigError, match="cannot read gone.yaml: No such file or directory"):
+        load(Path("gone.yaml"), [], registry)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+def test_layers_from_low_to_high(folder: Path, registry: Registry) -> None:
+    """Field defaults < preset < recipe < extends < file < command line, each seen where the next says nothing."""
+    assert given(registry, "estimator: preset").settings.estimator == Typed(number=0.5, whole=7)
+    assert given(registry, "estimator: {use: preset, whole: 1}").settings.estimator == Typed(number=0.5, whole=1)
+    assert given(registry, "").settings.update.epochs == 1
+    assert given(registry, "recipe: ppo").settings.update.epochs == 4
+    (folder / "base.yaml").write_text("recipe: ppo\nupdate: {epochs: 2}\nseed: 1\nsteps: 9\n")
+    loaded = given(registry, "extends: base.yaml\nseed: 2\n", "steps=3")
+    assert (loaded.settings.update.epochs, loaded.settings.seed, loaded.settings.steps) == (2, 2, 3)
+    assert loaded.settings.estimator.lam == 0.95, "the recipe of the extended file"
+    assert given(registry, "extends: base.yaml\nrecipe: grpo\n").components["estimator"].name == "grpo"
+    assert given(registry, "extends: base.yaml", "recipe=rloo").components["objective"].name == "reinforce"
+
+
+def test_naming_a_component_drops_the_old_ones_fields(folder: Path, registry: Registry) -> None:
+    lam = given(registry, "estimator: gae", "estimator.lam=0.5").settings.estimator
+    assert lam.lam == 0.5, "a field over a bare name"
+    text = "estimator: {use: gae, lam: 0.5, gamma: 0.9}"
+    assert given(registry, text, "estimator.lam=0.25").settings.estimator.gamma == 0.9
+    assert given(registry, text, "estimator=gae").settings.estimator.lam == 0.95
+    assert given(registry, text, "estimator=rloo").components["estimator"].name == "rloo"
+    assert given(registry, text, "estimator=rloo", "estimator.eps=1e-3").settings.estimator.eps == 1e-3
+    assert given(registry, text, "estimator={use: gae, lam: 1}").settings.estimator.gamma == 1.0
+    assert problems(registry, text, "estimator=rloo", "estimator.lam=1")[0].endswith("(command line)")
+    assert given(registry, "recipe: ppo\nkl: {target: 0.5}").settings.kl.target == 0.5, "fields over the recipe's part"
+    assert given(registry, "rollout:\n  engine: {slots: 3}").settings.rollout.engine.slots == 3, "over the default"
+
+
+def test_named_maps_are_merged_and_null_takes_away(folder: Path, registry: Registry) -> None:
+    (folder / "base.yaml").write_text("rewards: {a: {use: exact_match, weight: 2}, b: length}\nrollout: {top_k: 3}\n")
+    loaded = given(registry, "extends: base.yaml\nrewards:\n  b: null\n  c: {file: rewards.py:correct}\nrollout:\n"
+                             "trackers: {console: null}\n", "rewards.a.weight=0.5")
+    assert [(r.name, r.weight) for r in loaded.settings.rewards.values()] == [("a", 0.5), ("c", 1.0)]
+    assert loaded.settings.rollout.top_k == 3, "an empty block says nothing"
+    assert set(loaded.settings.trackers) == {"jsonl"}
+    assert given(registry, "extends: base.yaml\nrewards: null\ntrackers: null").settings.rewards == {}
+
+
+def test_none_and_policy_are_kept_as_such(folder: Path, registry: Registry) -> None:
+    settings = given(registry, "critic: policy\nreference: none\ncorrection: none\nkl: null\n").settings
+    assert (settings.critic, settings.reference, settings.correction) == ("policy", None, None)
+    assert settings.kl.placement == "none"
+    assert given(registry, "critic: {use: torch, hidden_size: 32}").settings.critic.hidden_size == 32
+    assert given(registry, "critic: policy", "critic=none").settings.critic is None
+
+
+def test_interpolation_and_anchors(folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN_NAME", "mine")
+    loaded = given(registry, "steps: 7\nrun: runs/${oc.env:RUN_NAME}\nbatch_size: ${steps}\nrollout: &r {top_k: 2}\n"
+                             "estimator: {use: typed, inner: {<<: {rate: 1}, rate: 2}}\n")
+    assert (loaded.settings.run, loaded.settings.batch_size) == ("runs/mine", 7)
+    assert loaded.settings.estimator.inner.rate == 2.0, "a key over what `<<` merges is not written twice"
+    assert "run: runs/${oc.env:RUN_NAME}" in to_yaml(loaded), "secrets of the environment stay there"
+
+
+# --- user code and paths ----------------------------------------------------------------------------------------------
+
+def test_paths_are_relative_to_the_file_that_says_them(folder: Path, registry: Registry) -> None:
+    other = folder / "shared"
+    other.mkdir()
+    (other / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (other / "score.py").write_text("def f(prompts, completions, **columns):\n    return [0.5]\n")
+    (other / "base.yaml").write_text("task: {use: rows, path: rows.jsonl}\nrewards: {f: {file: 'score.py:f'}}\n"
+                                     "plugins: [p.py]\n")
+    (other / "p.py").write_text("from posttrain.hookspecs import Component, hookimpl\n@hookimpl\ndef components():\n"
+                                "    return [Component('estimator', 'p', 'p:P', '')]\nclass P: pass\n")
+    loaded = given(registry, "extends: shared/base.yaml\nestimator: p\n")
+    assert loaded.settings.task.path == str(other / "rows.jsonl")
+    assert loaded.settings.rewards["f"].call([], []) == [0.5]
+    assert type(loaded.settings.estimator).__name__ == "P" and "p" in loaded.registry.names("estimator")
+    assert "p" not in registry.names("estimator")
+    assert {Path(path).name for path in loaded.files} == {"train.yaml", "base.yaml", "score.py", "p.py"}
+    assert all(len(digest) == 64 for digest in loaded.files.values())
+
+
+def test_a_broken_plugin_file_is_a_problem_of_the_configuration(folder: Path, registry: Registry) -> None:
+    (folder / "p.py").write_text("1 / 0\n")
+    found = problems(registry, "plugins: [p.py]\nsteps: x")
+    assert len(found) == 2 and found[0].startswith(f"plugins: {folder / 'p.py'}: ZeroDivisionError")
+
+
+def test_rewards_and_tasks_from_a_python_file(folder: Path, registry: Registry) -> None:
+    text = ("rewards:\n  a: {file: rewards.py:correct, weight: 2}\n  b: {file: rewards.py:scaled, by: 0.25}\n"
+            "task: {file: rewards.py:rows, n: 3}\n")
+    settings = given(registry, text).settings
+    assert settings.rewards["a"].call(["p"], ["c"]) == [1.0] and settings.rewards["a"].weight == 2.0
+    assert settings.rewards["b"].call(["p"], ["c"]) == [0.25]
+    assert [row["prompt"] for row in settings.task.rows] == ["0", "1", "2"]
+    (folder / "bad.py").write_text("def f(): raise LookupError('no data')\n1 +\n")
+    assert "bad.py:f raised SyntaxError" in problems(registry, "task: {file: bad.py:f}")[0]
+    (folder / "bad.py").write_text("def f(): raise LookupError('no data')\n")
+    assert problems(registry, "task: {file: bad.py:f}") == ["task.file: bad.py:f raised LookupError: no data "
+                                                            "(train.yaml:1)"]
+
+
+def test_a_field_called_file_belongs_to_its_component(folder: Path, registry: Registry) -> None:
+    (folder / "model.py").write_text("def build(): ...\n")
+    loaded = given(registry, "estimator: {use: typed, file: 'model.py:build', limit: 2}", "estimator.number=3")
+    assert loaded.settings.estimator == Typed(file=f"{folder / 'model.py'}:build", limit=2.0, number=3.0)
+    assert str(folder / "model.py") in loaded.files
+    assert given(registry, "estimator: {use: typed, limit: 2}", "estimator.file=model.py").settings.estimator.limit == 2
+
+
+def test_a_dict_from_python(folder: Path, registry: Registry) -> None:
+    def mine(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        return [0.5]
+
+    rows = [{"prompt": "1+1=", "answer": "2", "odd": "${not an interpolation"}]
+    estimator = Typed(number=0.125)
+    source = {"task": rows, "rewards": {"f": mine, "g": {"use": mine, "weight": 3}, "h": "exact_match"},
+              "estimator": estimator, "rollout": {"stop": ("x",)}, "optimizer": {"betas": (0.5, 0.9)}}
+    loaded = load(source, ["rewards.h=length", "steps=3"], registry)
+    assert loaded.settings.task.rows == tuple(rows)
+    assert loaded.settings.rewards["f"] == RewardEntry("f", mine) and loaded.settings.rewards["g"].weight == 3.0
+    assert loaded.components["rewards.h"].name == "length" and loaded.settings.steps == 3
+    assert loaded.settings.estimator is estimator and loaded.settings.optimizer.betas == (0.5, 0.9)
+    assert loaded.settings.rollout.stop == ("x",)
+    assert f"f: '<python: {mine.__module__}.{mine.__qualname__}>'" in to_yaml(loaded)
+    assert load({**source, "estimator": "gae"}, ["rewards.f=length"], registry).components["rewards.f"].name == "length"
+    split = load({"task": {"train": rows, "held_out": [{"prompt": "a"}], "limit": 1}}, [], registry).settings.task
+    assert (split.rows, split.held_out_rows, split.limit) == (tuple(rows), ({"prompt": "a"},), 1)
+
+
+def test_problems_of_a_dict_name_its_keys(folder: Path, registry: Registry) -> None:
+    with pytest.raises(ConfigError) as error:
+        load({"rollout": {"group_sise": 3}, "estimator": {"use": Typed(), "number": 3}}, ["kl=zzz"], registry)
+    assert [p.where for p in error.value.problems] == [
+        "dict key 'estimator.use'", "command line", "dict key 'rollout.group_sise'"]
+
+
+# --- what is written, and what follows --------------------------------------------------------------------------------
+
+def test_running_the_written_file_repeats_the_run(folder: Path, registry: Registry) -> None:
+    loaded = given(registry, "recipe: dr_grpo\nseed: 3\ntask: {use: rows, path: data.jsonl}\nrollout: {stop: ['on', "
+                             "'1e-6', 'null']}\nrewards: {a: {file: rewards.py:scaled, by: 0.5, weight: 2}}\n"
+                             "optimizer: {lr: 1e-6}\ntrackers: {console: null}\n", "rollout.max_new_tokens=9")
+    elsewhere = folder / "runs" / "train"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "config.yaml").write_text(to_yaml(loaded))
+    again = load(elsewhere / "config.yaml", [], registry)
+    assert to_yaml(again) == to_yaml(loaded)
+    settings, repeated = loaded.settings, again.settings
+    call, same = settings.rewards["a"].call, repeated.rewards["a"].call
+    assert (call.func, call.keywords) == (same.func, same.keywords) and repeated.rewards["a"].weight == 2.0
+    for name in (n for n in asdict(Settings()) if n != "rewards"):
+        assert getattr(repeated, name) == getattr(settings, name), name
+    assert repeated.objective.length == 9
+    changed = load(elsewhere / "config.yaml", ["rollout.max_new_tokens=5"], registry)
+    assert changed.settings.objective.length == 5, "what refers to another key still does"
+
+
+def test_literal_secrets_of_trackers_are_not_written(folder: Path, registry: Registry) -> None:
+    text = to_yaml(given(registry, "trackers: {r: {use: remote, api_key: hunter2, url: 'http://x'}}\n"
+                                   "task: {use: rows, path: data.jsonl, prompt_key: prompt}"))
+    assert "hunter2" not in text and "api_key: <redacted>" in text and "url: http://x" in text
+    assert "prompt_key: prompt" in text, "only trackers have secrets"
+
+
+def test_the_tree_holds_names_and_no_values_of_interpolations(folder: Path, registry: Registry) -> None:
+    loaded = given(registry, "recipe: dr_grpo")
+    raw = OmegaConf.to_container(loaded.tree)
+    assert raw["objective"] == {"use": "dr_grpo", "length": "${rollout.max_new_tokens}"}  # type: ignore[index,call-overload]
+    assert loaded.settings.objective.length == 64
+
+
+def test_derived_sizes(folder: Path, registry: Registry) -> None:
+    rows = dict(derived(given(registry, "steps: 10\nrollout: {prompts_per_step: 5, group_size: 3, max_new_tokens: 7}\n"
+                                        "update: {steps_per_rollout: 4, epochs: 2}").settings))
+    assert rows == {"episodes per step": "15 (5 prompts x 3 answers)",
+                    "optimiser steps per rollout": "8 (4 minibatches x 2 passes)",
+                    "episodes per optimiser step": "3 to 4", "optimiser steps in all": "80",
+                    "new tokens per step, at most": "105", "new tokens in all, at most": "1,050"}
+    rows = dict(derived(given(registry, "recipe: sft\nsteps: 10\nbatch_size: 200").settings))
+    assert rows == {"episodes per optimiser step": "200", "optimiser steps in all": "10", "episodes in all": "2,000"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_whole(folder: Path, registry: Registry, recipe: str) -> None:
+    loaded = given(registry, f"recipe: {recipe}\ntask: {{use: rows, path: data.jsonl}}\nrewards: {{a: exact_match}}")
+    for name, value in RECIPES[recipe].settings.items():
+        if name in loaded.components:
+            assert loaded.components[name].name == (value["use"] if isinstance(value, dict) else value)
+    from posttrain import compose
+    compose.check(loaded)
+    assert RECIPES[recipe].summary and RECIPES[recipe].source
+
+
+def test_a_configuration_is_checked_quickly_and_without_a_framework(folder: Path) -> None:
+    (folder / "train.yaml").write_text(WRONG)
+    code = ("import sys; from pathlib import Path; from posttrain import config, registry\n"
+            "try: config.load(Path('train.yaml'), [], registry.discover())\n"
+            "except Exception as e: n = len(e.problems)\n"
+            "import json, time\n"
+            "heavy = sorted({'torch', 'jax', 'transformers', 'scipy', 'typer', 'rich'} & set(sys.modules))\n"
+            "print(json.dumps([n, time.process_time(), heavy]))")
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    n, seconds, heavy = json.loads(done.stdout)
+    assert n == 15 and heavy == []
+    assert seconds < 2.0, f"{seconds} s of CPU ({time.monotonic() - start} s on the clock)"
