@@ -1,6 +1,7 @@
 """posttrain: reinforcement-learning post-training of language models from exchangeable parts.
 
-The public API in one list. Importing it loads no framework; what needs the loops is imported on first use.
+The public API in one list. Importing it loads nothing, each name is imported on first use, so that listing plugins does
+not pay for arrays.
 """
 
 from __future__ import annotations
@@ -8,12 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data import Episodes, Estimate, Loss, Metric, Metrics, MicroBatch, Prompt, Rollouts, Sampling, Term
-from posttrain.hookspecs import Component, hookimpl
-from posttrain.ops import Ops, reverse_recurrence, segment_sum
-from posttrain.registry import Registry, discover
-
 if TYPE_CHECKING:
+    from posttrain.data import Episodes, Estimate, Loss, Metric, Metrics, MicroBatch, Prompt, Rollouts, Sampling, Term
+    from posttrain.hookspecs import Component, hookimpl
+    from posttrain.ops import Ops, reverse_recurrence, segment_sum
+    from posttrain.registry import Registry, discover
     from posttrain.run import Run, evaluate, resume, sample, train
 
 __version__ = "0.1.0"
@@ -24,10 +24,22 @@ __all__ = [
     "segment_sum", "train",
 ]
 
-_OF_RUN = frozenset({"Run", "evaluate", "resume", "sample", "train"})
+_MODULE = {name: module for module, names in {
+    "data": ("Episodes", "Estimate", "Loss", "Metric", "Metrics", "MicroBatch", "Prompt", "Rollouts", "Sampling",
+             "Term"),
+    "hookspecs": ("Component", "hookimpl"),
+    "ops": ("Ops", "reverse_recurrence", "segment_sum"),
+    "registry": ("Registry", "discover"),
+    "run": ("Run", "evaluate", "resume", "sample", "train"),
+}.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OF_RUN:
-        return getattr(import_module("posttrain.run"), name)
-    raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    if name not in _MODULE:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"posttrain.{_MODULE[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

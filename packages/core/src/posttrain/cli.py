@@ -20,6 +20,7 @@ import typer
 
 from posttrain.annotations import hints_of
 from posttrain.errors import PluginError, PosttrainError, did_you_mean
+from posttrain.hookspecs import KINDS
 from posttrain.registry import Broken, Registry, discover
 
 if TYPE_CHECKING:
@@ -212,8 +213,6 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _require_kind(kind: str) -> None:
-    from posttrain.protocols import KINDS
-
     if kind not in (*KINDS, RECIPE):
         raise PluginError([f"'{kind}' is no kind of component{did_you_mean(kind, (*KINDS, RECIPE))}  "
                            f"kinds: {', '.join((*KINDS, RECIPE))}"])

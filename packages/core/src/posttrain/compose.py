@@ -5,11 +5,12 @@ Everything that can be wrong is found before any weight is loaded. Core's only r
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 from posttrain.comm import SingleProcess
 from posttrain.config import SHARED_CRITIC, Loaded
-from posttrain.errors import ConfigError, Problem
+from posttrain.errors import ConfigError, PosttrainError, Problem
 from posttrain.loss import KLTerm, Measured, Sum
 from posttrain.protocols import LoadRequest, Need, Objective, Optimization, Output, PromptSource, Scorer, Tokenizer
 from posttrain.registry import Registry
@@ -85,9 +86,12 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
 
 
 def _without_values(registry: Registry) -> list[str]:
-    """Installed estimators that need no critic."""
-    names = registry.names("estimator")
-    return [name for name in names if Need.VALUES not in registry.create("estimator", name).needs]
+    """Installed estimators that need no critic; one that cannot be made as it is (it asks for a field) is no advice."""
+    found = []
+    for name in registry.names("estimator"):
+        with suppress(PosttrainError):
+            found += [name] * (Need.VALUES not in registry.create("estimator", name).needs)
+    return found
 
 
 def objective_of(settings: Settings, registry: Registry) -> Sum:
@@ -104,7 +108,8 @@ def objective_of(settings: Settings, registry: Registry) -> Sum:
         parts.append(settings.value_objective)
     if settings.update.entropy_coef:
         parts.append(registry.create("objective", "entropy"))
-    return Sum((*parts, Measured(reference=settings.kl.placement != "none")))
+    measured_before = Need.LOGPROBS in needs_of(settings)  # then the KL is measured once, before the update
+    return Sum((*parts, Measured(reference=settings.kl.placement != "none" and not measured_before)))
 
 
 def optimization_of(settings: Settings, block: Optimization) -> Optimization:
@@ -127,6 +132,12 @@ def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:
         comm=SingleProcess())
 
 
+def importing(loaded: Loaded, key: str) -> AbstractContextManager[None]:
+    """Turns a package that the component under `key` misses inside the block into a `PluginError` with the remedy."""
+    component = loaded.components.get(key)
+    return nullcontext() if component is None else loaded.registry.importing(component)
+
+
 def build(loaded: Loaded) -> Parts:
     """Load everything. The order matters: what is cheap and often wrong comes first."""
     check(loaded)
@@ -135,21 +146,25 @@ def build(loaded: Loaded) -> Parts:
     needs = needs_of(settings) if settings.loop == "rl" else settings.objective.needs
     columns = reward_columns(settings)
     request = policy_request(settings, tokenizer)
-    policy = settings.policy.load(request)
+    with importing(loaded, "policy"):
+        policy = settings.policy.load(request)
     trained = [Trained(policy, objective_of(settings, loaded.registry))]
     critic: Scorer | None = policy if settings.critic == SHARED_CRITIC else None
     if settings.critic is not None and critic is None:
         block = settings.critic_optimizer or settings.optimizer
-        learner = settings.critic.load(replace(
-            request, value_heads=len(columns), optimization=optimization_of(settings, block)))
+        with importing(loaded, "critic"):
+            learner = settings.critic.load(replace(
+                request, value_heads=len(columns), optimization=optimization_of(settings, block)))
         trained.append(Trained(learner, Sum((settings.value_objective,)), prefix="critic/"))
         critic = learner
     reference = None
     if Need.REF_LOGPROBS in needs:
-        reference = (settings.reference or settings.policy).load(replace(request, value_heads=0, optimization=None))
+        with importing(loaded, "reference"):
+            reference = (settings.reference or settings.policy).load(replace(request, value_heads=0, optimization=None))
     engine, stale = settings.rollout.engine, settings.rollout.staleness > 0
-    evaluator = engine.start(policy, tokenizer, shared=True)
-    sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
+    with importing(loaded, "rollout.engine"):
+        evaluator = engine.start(policy, tokenizer, shared=True)
+        sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
     return Parts(
         tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
         sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()), columns=columns,

@@ -58,6 +58,8 @@ class DataError(InputError):
 class RewardError(PosttrainError):
     """A reward function raised, or returned the wrong length, a wrong type or a number that is not finite."""
 
+    exit_code = 2
+
 
 class RunInUse(PosttrainError):
     """Another living process holds the run directory."""

@@ -30,11 +30,8 @@ from posttrain.data import (
     TokenOutputs,
     Weights,
 )
+from posttrain.hookspecs import KINDS as KINDS
 from posttrain.ops import Ops
-
-KINDS = ("estimator", "correction", "objective", "kl", "constraint", "combiner", "gradient_combiner", "backend",
-         "engine", "kernel", "tokenizer", "batching", "searcher", "task", "reward", "tracker")
-"""Kinds of component, closed."""
 
 
 class Need(StrEnum):

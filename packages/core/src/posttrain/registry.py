@@ -26,8 +26,8 @@ import pluggy
 
 from posttrain import hookspecs
 from posttrain.annotations import Key, Report, construct
-from posttrain.errors import ConfigError, PluginError, Problem
-from posttrain.hookspecs import ENTRY_POINT_GROUP, PROJECT, Component
+from posttrain.errors import ConfigError, PluginError, Problem, did_you_mean
+from posttrain.hookspecs import ENTRY_POINT_GROUP, KINDS, PROJECT, Component
 
 ALLOW, BLOCK = "POSTTRAIN_PLUGINS", "POSTTRAIN_BLOCK"
 """Environment variables: distributions, comma-separated, that alone are imported, or that never are."""
@@ -255,6 +255,9 @@ def _declared(manager: pluggy.PluginManager, plugin: Any) -> tuple[Component, ..
     for i, c in enumerate(declared):
         if not isinstance(c, Component) or ":" not in c.target:
             raise TypeError(f"components() holds {c!r}; it must be a Component whose target is 'module:Class'")
+        if c.kind not in KINDS:
+            raise ValueError(f"declares '{c.name}' with kind '{c.kind}', which is none{did_you_mean(c.kind, KINDS)}  "
+                             f"kinds: {', '.join(KINDS)}")
         if (c.kind, c.name) in [(d.kind, d.name) for d in declared[:i]]:
             raise ValueError(f"declares {c.kind} '{c.name}' twice")
     if isinstance(plugin, ModuleType) and plugin.__name__.startswith(f"{PROJECT}_file_"):

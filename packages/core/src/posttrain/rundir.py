@@ -17,7 +17,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -103,6 +103,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._there_before: frozenset[Path] | None = None
         self.checkpoints = path / "checkpoints"
         """Given to `checkpoint.save`, `newest` and `tidy`."""
         with ExitStack() as undo:
@@ -121,6 +122,9 @@ class RunDirectory:
     def create(cls, path: Path, *, config: str, manifest: Mapping[str, JSON]) -> Self:
         """A new run with its configuration (YAML text) and manifest (see `describe`).
 
+        As a context manager it leaves nothing behind where an error ends it before a step was recorded, so that the
+        same directory is free for the next try.
+
         Raises `InputError` where the directory cannot be made or already holds a run, `RunInUse` where it is held.
         """
         try:
@@ -130,7 +134,9 @@ class RunDirectory:
         if (path / CONFIG).exists():
             raise InputError([Problem("this directory already holds a run", str(path))],
                              next_step=f"continue it: posttrain resume '{path}', or choose another: run=PATH")
+        there = frozenset(path.iterdir())
         run = cls(path)
+        run._there_before = there
         try:
             _replace_text(path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
             _replace_text(path / CONFIG, config)  # last: its presence says that this is a run
@@ -198,7 +204,23 @@ class RunDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        if error is not None and self._there_before is not None and not self._has_steps():
+            self._withdraw(self._there_before)
         self.close()
+
+    def _has_steps(self) -> bool:
+        return any(record["step"] > 0 for record in read_metrics(self.path))
+
+    def _withdraw(self, there_before: frozenset[Path]) -> None:
+        """Remove what this run put into the directory, and the directory where nothing else is in it."""
+        for path in sorted(set(self.path.iterdir()) - there_before):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if not there_before:
+            with suppress(OSError):  # another process may have put something there
+                self.path.rmdir()
 
 
 def metric_record(step: int, metrics: Mapping[str, float]) -> dict[str, JSON]:

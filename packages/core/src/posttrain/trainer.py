@@ -97,12 +97,13 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
         fresh, step, capacity=settings.replay.capacity, reuse=settings.replay.reuse, max_age=settings.replay.max_age,
         rng=np.random.default_rng((settings.seed, step, 1)))
     state = replace(state, step=step, cursor=cursor, replay=replay)
-    if not rollouts.is_action.any():
-        log.warning("step %d: no episode is left to learn from (all groups filtered?); no update is made", step)
+    if not any_to_learn(rollouts, parts.columns):
+        log.warning("step %d: no episode is left to learn from (all groups filtered, or no reward applies); no update "
+                    "is made", step)
         return state, metrics, fresh
     with phases("score"):
         notes, budget = annotate(parts, rollouts, state.budget)
-    metrics += sampler_gap(rollouts, notes)
+    metrics += sampler_gap(rollouts, notes) + lag(rollouts, parts.policy.version)
     penalty = kl_penalty(parts.kl, state.kl.coef, notes) if parts.kl.placement == "reward" else None
     signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
                         combiner=parts.combiner, combiner_state=state.combiner, penalty=penalty)
@@ -146,6 +147,12 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
     if rollout.filter_zero_variance:
         metrics += {"rollout/filtered_groups": Metric(dropped, reduction="sum")}
     return Rollouts.concat(kept), cursor, metrics
+
+
+def any_to_learn(rollouts: Rollouts, columns: Sequence[str]) -> bool:
+    """Whether some episode has an action and, in some of the columns, a reward that applies to it."""
+    applies = ~np.all([rollouts.excluded[column] for column in columns], axis=0)
+    return bool(np.any(applies & (rollouts.episode_actions > 0)))
 
 
 def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations, int]:
@@ -199,11 +206,19 @@ def kl_metrics(kl: KL[Any], state: Any, notes: Annotations) -> Metrics:
 
 def next_kl(kl: KL[Any], state: Any, metrics: Mapping[str, Metric], rollouts: Rollouts) -> Any:
     """The controller's state after this rollout."""
-    if kl.placement == "none":
+    if kl.placement == "none" or "kl/reference" not in metrics:  # nothing was measured where every action was rejected
         return state
     entropy = metrics.get("policy/entropy")
     return kl.update(state, kl=metrics["kl/reference"].value, n=rollouts.n_episodes,
                      **({"entropy": entropy.value} if entropy else {}))
+
+
+def lag(rollouts: Rollouts, version: int) -> Metrics:
+    """Optimiser steps between the weights that wrote an action and those that learn from it."""
+    if rollouts.policy_version is None:
+        return Metrics()
+    behind = version - rollouts.policy_version
+    return Metrics({"sampler/lag": Metric(float(behind.sum()), len(behind))})
 
 
 def synced(parts: Parts, settings: Settings, state: RunState) -> RunState:

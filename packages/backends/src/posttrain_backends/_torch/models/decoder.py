@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
+from posttrain_backends._torch.models.lean import Norm, swiglu
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin of each token, [M, 1, D]; sin is negative in the first half, the sign of the rotation."""
@@ -84,7 +85,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(I, H, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return swiglu(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class DecoderLayer(nn.Module):
@@ -93,8 +94,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(shape), MLP(shape)
-        self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.self_attn(self.input_layernorm(x), rope, layout)
@@ -114,7 +115,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_hidden_layers))
-        self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
 
 @final

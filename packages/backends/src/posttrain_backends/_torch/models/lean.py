@@ -1,0 +1,70 @@
+"""Root-mean-square norm and SwiGLU with backward passes of their own, for less time and memory on a CPU.
+
+Autograd keeps four arrays of the MLP's width where two are enough, and differentiates the norm by a chain of small
+operations. Knows tensors only; gradients are first-order, and equal autograd's in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(gate) * up) @ down.T (2002.05202, eq. 6): gate and up [M, I], down [H, I] -> [M, H]."""
+    if torch.is_grad_enabled():
+        return cast(Tensor, _SwiGLU.apply(gate, up, down))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return F.linear(F.silu(gate) * up, down)
+
+
+@final
+class Norm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis of [M, H] (1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.device.type == "cpu":  # elsewhere one kernel does it
+            return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]  # as above
+        return super().forward(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) and the product are computed anew. Under autocast each gradient has the type of what it is of."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, down)
+        return F.linear(F.silu(gate).mul_(up), down)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, down = ctx.saved_tensors
+        opened = F.silu(gate)
+        by_down = (by_output.t() @ (opened * up)).to(down.dtype) if ctx.needs_input_grad[2] else None
+        by_product = by_output @ down.to(by_output.dtype)
+        by_up = opened.mul_(by_product)
+        return torch.ops.aten.silu_backward(by_product.mul_(up), gate), by_up, by_down
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = (mean(x^2) + eps)^(-1/2), n = x r and g = dy * weight: dx = r (g - n mean(g n)), dweight = sum(dy n)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[:, None]
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, r = ctx.saved_tensors
+        n = x * r
+        by_weight = torch.linalg.vecdot(by_output, n, dim=0) if ctx.needs_input_grad[1] else None
+        g = by_output * weight
+        mean = torch.linalg.vecdot(g, n)[:, None].div_(x.shape[-1])
+        return g.addcmul_(n, mean, value=-1).mul_(r), by_weight, None
