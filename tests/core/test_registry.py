@@ -105,6 +105,15 @@ def test_a_name_of_another_kind_is_pointed_out(site: Path) -> None:
         found_in(site).resolve("objective", "vtrace")
 
 
+def test_a_kind_that_there_is_not_breaks_its_plugin_alone() -> None:
+    wrong, right = Component("estimatr", "a", "m:C", ""), Component("estimator", "b", "m:C", "")
+    registry = discover([Declaring(wrong), Declaring(right)], environ={}, entry_points=())
+    broken, = registry.broken
+    assert broken.error.startswith("ValueError: declares 'a' with kind 'estimatr', which is none; did you mean "
+                                   "'estimator'? kinds: estimator, correction, ")
+    assert registry.components() == (right,)
+
+
 def test_a_clash_fails_only_where_the_ambiguous_name_is_used(site: Path) -> None:
     install(site, "a-plugin", plugin_source("vtrace", gamma=0.5), version="1.0")
     install(site, "b-plugin", plugin_source("vtrace", gamma=0.25), version="2.0")

@@ -66,7 +66,7 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write: File name too long"):
         new(tmp_path / ("x" * 300))
     new(tmp_path / "runs" / "first").close()
-    with pytest.raises(InputError, match=r"frist does not exist; did you mean 'first'\?"):
+    with pytest.raises(InputError, match=r"frist is not a run directory: it does not exist; did you mean 'first'\?"):
         RunDirectory.open(tmp_path / "runs" / "frist")
     with pytest.raises(InputError, match="is not a run directory: it has no config.yaml"):
         RunDirectory.open(tmp_path / "runs")

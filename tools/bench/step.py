@@ -201,11 +201,16 @@ def config(setting: Setting, folder: Path, steps: int, directory: Path) -> dict[
 
 def peer(setting: Setting, folder: Path, steps: int, watch: Stopwatch) -> tuple[list[float], list[float]]:
     """TRL's GRPOTrainer on the folder."""
-    from datasets import Dataset
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from datasets import Dataset  # type: ignore[import-not-found]  # the peer is no dependency; so for all three
+    from transformers import (  # type: ignore[import-not-found]
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        PrinterCallback,
+        TrainerCallback,
+    )
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
-    class Steps(TrainerCallback):  # type: ignore[misc]  # the library is untyped
+    class Steps(TrainerCallback):  # type: ignore[misc]  # untyped where it is not installed
         def on_step_begin(self, *args: Any, **named: Any) -> None:
             watch.step()
 

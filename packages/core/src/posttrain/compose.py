@@ -16,6 +16,7 @@ from posttrain.protocols import LoadRequest, Need, Objective, Optimization, Outp
 from posttrain.registry import Registry
 from posttrain.schema import Settings
 from posttrain.state import RunState
+from posttrain.supervised import require_answers
 from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of
 from posttrain.update import Trained
 
@@ -44,13 +45,15 @@ def check(loaded: Loaded) -> None:
     settings = loaded.settings
     problems = [Problem("task is not set; name the rows to learn from (task: {use: rows, path: data.jsonl})")
                 ] if settings.task is None else []
+    if SUM in settings.rewards:
+        problems.append(Problem(f"rewards.{SUM}: the sum of all rewards has that name; choose another"))
     if settings.loop == "rl":
         problems += _check_rl(loaded)
     elif Need.ADVANTAGES in settings.objective.needs:
         problems.append(Problem(f"loop: supervised cannot train objective '{_name(loaded, 'objective')}', which needs "
                                 "advantages; choose objective: sft or loop: rl"))
     if problems:
-        raise ConfigError(problems, "the configuration does not fit together:")
+        raise ConfigError(problems, "the configuration does not fit together:" if len(problems) > 1 else "")
 
 
 def _name(loaded: Loaded, key: str) -> str:
@@ -64,9 +67,7 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     if Need.ADVANTAGES not in settings.objective.needs:
         problems.append(Problem(f"objective '{_name(loaded, 'objective')}' learns from given answers; "
                                 "use loop: supervised (recipe: sft)"))
-    if Need.VALUES in settings.estimator.needs and settings.critic is None:
-        problems.append(Problem(f"estimator '{_name(loaded, 'estimator')}' needs 'values'; add a critic "
-                                f"(critic: policy) or use one of: {', '.join(_without_values(loaded.registry))}"))
+    problems += _check_critic(loaded)
     for key in ("estimator", "correction"):
         part = getattr(settings, key)
         if part is not None and Need.ACTION_VALUES in part.needs:
@@ -77,6 +78,9 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
         problems.append(Problem("kl.placement: reward would be taken from every reward column; use placement: loss"))
     if Output.LOGPROBS not in settings.policy.provides:
         problems.append(Problem(f"backend '{_name(loaded, 'policy')}' gives no log-probs and cannot be a policy"))
+    if settings.update.steps_per_rollout > settings.rollout.prompts_per_step:
+        problems.append(Problem(f"update.steps_per_rollout is {settings.update.steps_per_rollout}, but a rollout has "
+                                f"only {settings.rollout.prompts_per_step} groups (rollout.prompts_per_step)"))
     if settings.replay.reuse > settings.replay.capacity:
         problems.append(Problem("replay.reuse is larger than replay.capacity; no more can be reused than is kept"))
     if ratio_to_sampler(settings) and settings.correction is not None:
@@ -85,12 +89,28 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     return problems
 
 
-def _without_values(registry: Registry) -> list[str]:
-    """Installed estimators that need no critic; one that cannot be made as it is (it asks for a field) is no advice."""
+def _check_critic(loaded: Loaded) -> list[Problem]:
+    """A critic is there exactly where the estimator asks for values, and is trained on what it gives."""
+    settings, estimator = loaded.settings, _name(loaded, "estimator")
+    needed = Need.VALUES in settings.estimator.needs
+    if needed and settings.critic is None:
+        return [Problem(f"estimator '{estimator}' needs 'values'; add a critic (critic: policy) or use one of: "
+                        f"{', '.join(_estimators(loaded.registry, values=False))}")]
+    if settings.critic is not None and not needed:
+        return [Problem(f"estimator '{estimator}' gives nothing to train a critic on; set critic: none or use one of: "
+                        f"{', '.join(_estimators(loaded.registry, values=True))}")]
+    if settings.critic is not None and Need.TARGETS not in settings.value_objective.needs:
+        return [Problem(f"value_objective '{_name(loaded, 'value_objective')}' trains no critic; use value")]
+    return []
+
+
+def _estimators(registry: Registry, values: bool) -> list[str]:
+    """Installed estimators that need values, or none; one that cannot be made without fields is no advice."""
     found = []
     for name in registry.names("estimator"):
         with suppress(PosttrainError):
-            found += [name] * (Need.VALUES not in registry.create("estimator", name).needs)
+            if (Need.VALUES in registry.create("estimator", name).needs) == values:
+                found.append(name)
     return found
 
 
@@ -121,7 +141,13 @@ def optimization_of(settings: Settings, block: Optimization) -> Optimization:
 def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
     """Tokenizer and rows; every malformed row is reported here."""
     tokenizer = settings.tokenizer.load()
-    return tokenizer, settings.task.load(tokenizer, settings.data)
+    source = settings.task.load(tokenizer, settings.data)
+    if settings.loop == "supervised":
+        require_answers(source)
+    if settings.evaluate.every and not source.held_out():
+        raise ConfigError(["evaluate.every asks for held-out rows, but the task holds none out; give task.held_out or "
+                           "task.held_out_fraction, or set evaluate.every=0"])
+    return tokenizer, source
 
 
 def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:

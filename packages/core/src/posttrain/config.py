@@ -6,12 +6,13 @@ Order, low to high: field defaults < preset < recipe < `extends:` < file < comma
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -145,7 +146,7 @@ def _merged(source: Path | Mapping[str, Any], overrides: Sequence[str],
     if reading.problems and not given:
         raise ConfigError(reading.problems)
     base = source.resolve().parent if isinstance(source, Path) else Path.cwd()
-    given += [layer for text in overrides for layer in read_setting(text, base, reading)]
+    given += [layer for text in overrides for layer in read_setting(text, Path.cwd(), reading)]
     chosen = next((layer for layer in reversed(given) if "recipe" in layer.tree), None)
     layers = [_layer(_defaults(Settings), "default", base)]
     if chosen is not None and (name := chosen.tree["recipe"]) is not None:
@@ -232,6 +233,8 @@ class _Builder:
         given = {k: v for k, v in node.items() if k != ("use" if "use" in node else "file")}
         if kind == "reward":
             weight = convert(float, given.pop("weight", 1.0), (*key, "weight"), self.problem)
+            if weight is not None and not math.isfinite(weight):
+                self.problem((*key, "weight"), f"{dotted((*key, 'weight'))} must be finite, got {weight}")
             return RewardEntry(str(key[-1]), self.made(kind, node, given, key), weight)
         if node.get("use") == "none" and optional and "none" not in self.registry.names(kind):
             return None
@@ -246,6 +249,8 @@ class _Builder:
             if given or self.marks[*key, "use"].value is None:
                 self.problem((*key, "use"), f"{dotted(key)}: use names a component, or is an object from Python that "
                                             f"takes no further fields; got {name!r}")
+            if isinstance(name, FunctionType) and (file := Path(name.__code__.co_filename)).is_file():
+                self.reading.record(file)
             return name
         try:
             component = self.registry.resolve(kind, name)

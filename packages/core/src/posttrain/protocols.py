@@ -226,8 +226,15 @@ class Optimization:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.clip_norm < 0 or self.warmup_steps < 0 or self.max_bad_steps < 1:
-            raise ValueError("clip_norm and warmup_steps must not be negative and max_bad_steps at least 1")
+        for name in ("weight_decay", "warmup_steps", "min_lr_ratio", "total_steps", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
+        if self.max_bad_steps < 1:
+            raise ValueError(f"max_bad_steps must be at least 1, got {self.max_bad_steps}")
 
 
 @dataclass(frozen=True, slots=True)

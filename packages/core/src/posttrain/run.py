@@ -25,7 +25,7 @@ from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.protocols import TrackerSession
 from posttrain.registry import Broken, Registry, discover
-from posttrain.rundir import CONFIG, RunDirectory, describe
+from posttrain.rundir import CONFIG, RunDirectory, describe, require_run
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.steps import episode_rewards
@@ -137,9 +137,7 @@ def sample(directory: str | Path, prompt: str, *, n: int = 1, temperature: float
 def opened(directory: str | Path, overrides: Sequence[str]) -> tuple[Run, Parts]:
     """A finished or living run to look at: nothing is written and no lock is taken."""
     path = Path(directory)
-    if not (path / CONFIG).is_file():
-        raise ConfigError([f"{path} is not a run directory: it has no {CONFIG}"],
-                          next_step="start a run: posttrain train CONFIG")
+    require_run(path)
     loaded = config.load(path / CONFIG, overrides, discover())
     found = checkpoint.newest(path / "checkpoints", fallback=loaded.settings.resume.fallback)
     if found is None:

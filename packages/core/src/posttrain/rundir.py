@@ -148,11 +148,7 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> Self:
         """An existing run. Raises `InputError` where there is none, `RunInUse` where another process holds it."""
-        if not (path / CONFIG).is_file():
-            what = "is not a run directory: it has no config.yaml" if path.is_dir() else "does not exist"
-            known = [p.parent.name for p in path.parent.glob(f"*/{CONFIG}")] if path.parent.is_dir() else []
-            raise InputError([Problem(f"{path} {what}{did_you_mean(path.name, known)}")],
-                             next_step="start a run: posttrain train CONFIG")
+        require_run(path)
         return cls(path)
 
     @property
@@ -162,7 +158,12 @@ class RunDirectory:
 
     def differences(self, now: Mapping[str, JSON]) -> list[str]:
         """What, by the manifest of `now`, makes a resumed run no longer bitwise the uninterrupted one; also logged."""
-        then = self.manifest
+        try:
+            then = self.manifest
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be read (%s), so nothing says whether the resumed run is bitwise equal to an "
+                           "uninterrupted one", self.path / MANIFEST, error)
+            return []
         found = [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}: "
                  "the resumed run is no longer bitwise equal to an uninterrupted one"
                  for name in _BITWISE if then.get(name) != now.get(name)]
@@ -221,6 +222,15 @@ class RunDirectory:
         if not there_before:
             with suppress(OSError):  # another process may have put something there
                 self.path.rmdir()
+
+
+def require_run(path: Path) -> None:
+    """Raise `InputError` where `path` holds no run."""
+    if not (path / CONFIG).is_file():
+        what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
+        known = [p.parent.name for p in path.parent.glob(f"*/{CONFIG}")] if path.parent.is_dir() else []
+        raise InputError([Problem(f"{path} is not a run directory: it {what}{did_you_mean(path.name, known)}")],
+                         next_step="start a run: posttrain train CONFIG")
 
 
 def metric_record(step: int, metrics: Mapping[str, float]) -> dict[str, JSON]:

@@ -70,7 +70,11 @@ def write(directory: Path) -> list[Path]:
     if there := [path for path in new if path.exists()]:
         raise InputError([Problem("this file exists and is not overwritten", str(path)) for path in there],
                          next_step="choose another folder: posttrain init DIR")
-    directory.mkdir(parents=True, exist_ok=True)
-    for path, text in new.items():
-        path.write_text(text)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, text in new.items():
+            path.write_text(text)
+    except OSError as error:
+        raise InputError([Problem(f"cannot write: {error.strerror or error}", str(directory))],
+                         next_step="choose another folder: posttrain init DIR") from error
     return list(new)

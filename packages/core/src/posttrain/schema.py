@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any, Literal
 
 from posttrain.protocols import Optimization, RowRules
@@ -21,6 +22,13 @@ def part(kind: str, default: Any = None) -> Any:
 def parts(kind: str, default: Mapping[str, str] | None = None) -> Any:
     """A field that holds a map of names to components of `kind`."""
     return field(default_factory=lambda: dict(default or {}), metadata={"kind": kind, "many": True})
+
+
+def not_negative(block: object, *names: str) -> None:
+    """Raise `ValueError` for a field that is negative, infinite or no number."""
+    for name in names:
+        if not 0 <= getattr(block, name) < inf:
+            raise ValueError(f"{name} must not be negative, got {getattr(block, name)}")
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ class RolloutSettings:
         for name in ("prompts_per_step", "group_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < inf:
             raise ValueError("temperature must be positive in training; evaluate.temperature may be 0 (greedy)")
+        if self.max_refills < 0:
+            raise ValueError(f"max_refills must not be negative, got {self.max_refills}")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0 or self.staleness < 0:
             raise ValueError("top_p lies in (0, 1], min_p in [0, 1), top_k and staleness are not negative")
 
@@ -67,6 +77,9 @@ class ReplaySettings:
     """Older episodes added to each step, in whole groups."""
     max_age: int = 4
     """Iterations after which an episode is no longer used."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "capacity", "reuse", "max_age")
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,9 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         if self.steps_per_rollout < 1 or self.epochs < 1:
             raise ValueError("steps_per_rollout and epochs must be at least 1")
+        not_negative(self, "value_coef")
+        if not isfinite(self.entropy_coef):  # negative: less entropy is wanted
+            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
 
 
 @dataclass(frozen=True)
@@ -101,8 +117,7 @@ class EvaluateSettings:
     """0 is greedy."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.prompts < 0 or self.temperature < 0:
-            raise ValueError("every, prompts and temperature must not be negative")
+        not_negative(self, "every", "prompts", "temperature")
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,9 @@ class CheckpointSettings:
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -175,3 +193,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        not_negative(self, "seed", "threads")

@@ -12,24 +12,31 @@ import numpy as np
 
 from posttrain.data import FINISH, Metric, Metrics, Prompt, Rollouts, offsets_of
 from posttrain.errors import DataError, Problem
-from posttrain.protocols import Output, Tokenizer
+from posttrain.protocols import Output, PromptSource, Tokenizer
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.steps import score
+from posttrain.tasks.formats import COMPLETION
+from posttrain.tasks.rows import SHOWN
 from posttrain.timing import Phases
 from posttrain.tokenizers import prompt_ids
 from posttrain.trainer import Parts, evaluate, held_out
 from posttrain.update import optimiser_step
 
-COMPLETION = "completion"
-"""The row's column that holds the answer."""
+
+def require_answers(source: PromptSource) -> None:
+    """Raise `DataError` that names rows without an answer; called before anything is written."""
+    missing = [p for p in source.take(0, source.rows, seed=0) if COMPLETION not in p.extra]
+    if missing:
+        shown = sorted(missing, key=lambda p: p.group)[:SHOWN]
+        raise DataError(
+            [Problem(f"no '{COMPLETION}' to learn from", p.where) for p in shown],
+            f"supervised training needs an answer in every row; {len(missing)} of {source.rows} have none:",
+            "add the column, or name the one that holds answers by task.completion_key")
 
 
 def demonstrated(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Rollouts:
     """Rows with answers as episodes: answer tokens and the end of the sequence are the actions."""
-    missing = [Problem(f"no '{COMPLETION}' to learn from", p.where) for p in prompts if COMPLETION not in p.extra]
-    if missing:
-        raise DataError(missing, "supervised training needs an answer in every row")
     asked = [prompt_ids(p, tokenizer) for p in prompts]
     answers = [[*tokenizer.encode(str(p.extra[COMPLETION])), tokenizer.eos] for p in prompts]
     E = len(prompts)

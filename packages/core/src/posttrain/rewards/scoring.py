@@ -162,7 +162,7 @@ def _first_failure(call: Callable[..., Any], columns: Mapping[str, list[Any]],
 def _raised(entry: Entry, error: Exception, where: str) -> str:
     frame = next(reversed(traceback.extract_tb(error.__traceback__)), None)
     line = f" at {frame.filename}:{frame.lineno}" if frame is not None else ""
-    row = f" on row {where}" if where else " on the rows of this step together, though on none of them alone"
+    row = f" on row {where}" if where else " on the rows of this step together, though on none of them alone,"
     return (f"reward '{entry.name}' raised {type(error).__name__}: {error}{row}{line}\n"
             "mend the function; for rows to which it does not apply, let it return None")
 

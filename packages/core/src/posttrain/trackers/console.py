@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO, final
 
 from posttrain.errors import did_you_mean
-from posttrain.rundir import metric_record
 from posttrain.protocols import ObservedRun, TrackerSession
+from posttrain.rundir import metric_record
 from posttrain.trackers import Silent
 
 if TYPE_CHECKING:

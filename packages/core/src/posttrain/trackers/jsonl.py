@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import final
 
 from posttrain.errors import InputError, Problem
-from posttrain.rundir import METRICS, JsonLines, metric_record
 from posttrain.protocols import ObservedRun, TrackerSession
+from posttrain.rundir import METRICS, JsonLines, metric_record
 from posttrain.trackers import Silent
 
 

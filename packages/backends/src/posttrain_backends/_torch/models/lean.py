@@ -18,7 +18,7 @@ def swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(gate) * up) @ down.T (2002.05202, eq. 6): gate and up [M, I], down [H, I] -> [M, H]."""
     if torch.is_grad_enabled():
         return cast(Tensor, _SwiGLU.apply(gate, up, down))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return F.linear(F.silu(gate) * up, down)
+    return F.linear(F.silu(gate).mul_(up), down)
 
 
 @final
@@ -40,7 +40,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.linear(F.silu(gate).mul_(up), down)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, down = ctx.saved_tensors
         opened = F.silu(gate)
@@ -57,14 +57,16 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         r = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[:, None]
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        y: Tensor = (x * r).mul_(weight)
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, r = ctx.saved_tensors
         n = x * r
         by_weight = torch.linalg.vecdot(by_output, n, dim=0) if ctx.needs_input_grad[1] else None
         g = by_output * weight
         mean = torch.linalg.vecdot(g, n)[:, None].div_(x.shape[-1])
-        return g.addcmul_(n, mean, value=-1).mul_(r), by_weight, None
+        by_x: Tensor = g.addcmul_(n, mean, value=-1).mul_(r)
+        return by_x, by_weight, None
