@@ -735,3 +735,15 @@ def test_bf16_gradients_stay_near_float32_and_weights_stay_float32():
     norm, gap = (math.sqrt(sum(float(x.square().sum()) for x in xs))
                  for xs in (found[0].values(), [found[0][n] - found[1][n] for n in found[0]]))
     assert 0 < gap < 0.05 * norm
+
+
+@pytest.mark.parametrize(("text", "line", "what"), [
+    ("import torch\nx = (\n", 2, "SyntaxError"),
+    ("def build(vocab_size):\n    raise ValueError('no such size')\n", 2, "ValueError: no such size"),
+])
+def test_what_the_users_file_raises_is_named_by_its_line(tmp_path: Path, text: str, line: int, what: str) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=what) as raised:
+        Torch(file=f"{file}:build", device="cpu").load(LoadRequest(11))
+    assert raised.value.problems[0].where == f"{file}:{line}"

@@ -57,7 +57,7 @@ def measure(seed: int) -> dict[str, float]:
     train("rl.yaml", "shuffled", from_warm_start, f"rewards.correct={{file: '{__file__}:shuffled'}}",
           "evaluate.every=0")
     # the warm start's own learning rate, without its warm-up, for as many steps as fit into the time of RL
-    steps = max(1, round(300 * found["rl seconds"] / found["sft seconds"]))
+    steps = max(1, round(200 * found["rl seconds"] / found["sft seconds"]))
     found["more sft seconds"] = train("sft.yaml", "more-sft", from_warm_start, f"steps={steps}",
                                       "optimizer.warmup_steps=0")
     return found | {name: accuracy(folder / name) for name in ("sft", "rl", "shuffled", "more-sft")}

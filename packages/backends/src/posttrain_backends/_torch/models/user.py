@@ -6,14 +6,15 @@ its `lm_head` is a `torch.nn.Linear` without bias. What it returns is probed onc
 
 from __future__ import annotations
 
-import importlib.util
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast, final
 
 import torch
-from posttrain.errors import ConfigError, did_you_mean
+from posttrain.errors import ConfigError, Problem, did_you_mean
+from posttrain.registry import import_file
 from torch import Tensor, nn
 
 from posttrain_backends._torch.layout import Layout
@@ -70,7 +71,10 @@ def load_user_model(file: str, vocab_size: int, *, seed: int, precision: Precisi
     build = _builder(file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build(vocab_size)
+        try:
+            module = build(vocab_size)
+        except Exception as error:  # as above: the user's own code
+            raise _raised(file, error) from error
     head = getattr(module, "lm_head", None)
     if not isinstance(module, nn.Module) or not isinstance(head, nn.Linear):
         raise _misfit(file, f"returned {type(module).__name__} with lm_head {type(head).__name__}")
@@ -87,14 +91,22 @@ def _builder(file: str) -> Callable[[int], object]:
     path, _, name = file.rpartition(":")
     if not path or not Path(path).is_file():
         raise ConfigError([f"policy.file: {file!r} is not FILE.py:NAME of an existing file"])
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError([f"policy.file: {path} is not a Python file"])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(found := vars(module).get(name)):
-        raise ConfigError([f"policy.file: {path} has no function {name!r}{did_you_mean(name, vars(module))}"])
+    try:
+        names = vars(import_file(Path(path)))
+    except Exception as error:  # the user's own code may raise anything
+        raise _raised(file, error) from error
+    if not callable(found := names.get(name)):
+        raise ConfigError([f"policy.file: {path} has no function {name!r}{did_you_mean(name, names)}"])
     return cast(Callable[[int], object], found)
+
+
+def _raised(file: str, error: Exception) -> ConfigError:
+    """What the user's file raised, with its line."""
+    own = file.rpartition(":")[0]
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
+    lines += [error.lineno] if isinstance(error, SyntaxError) else []
+    where = f"{own}:{lines[-1]}" if lines else own
+    return ConfigError([Problem(f"policy.file: {file} raised {type(error).__name__}: {error}", where)])
 
 
 @torch.no_grad()
