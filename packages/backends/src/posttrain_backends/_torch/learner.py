@@ -19,7 +19,6 @@ from posttrain.comm import Comm, SingleProcess
 from posttrain.data import Array, Loss, Metric, Metrics, MicroBatch, Rollouts, TokenOutputs, to_numpy
 from posttrain.errors import ConfigError, Diverged
 from posttrain.loss import SHARED
-from posttrain.loss import SHARED
 from posttrain.ops import ops_of
 from posttrain.protocols import Objective, Optimization, Output
 from torch import Tensor, nn
