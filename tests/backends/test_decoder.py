@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -185,6 +186,34 @@ def test_prefill_then_decode_equals_hidden_of_the_whole(lengths, heads, kv_heads
         expected = model.hidden(whole, full)
         for t in range(steps):
             torch.testing.assert_close(decoded[t], expected[full.starts[:-1] + positions + t], rtol=0, atol=1e-12)
+
+
+def first_step(model):
+    """Decode one token after an empty row, beside the hidden state of that token alone."""
+    with torch.no_grad():
+        decoded = model.decode(torch.tensor([7]), torch.tensor([0]), model.new_cache(1, 2))
+        return decoded, model.hidden(torch.tensor([7]), Layout.from_offsets([0, 1]))
+
+
+def test_joined_matrices_are_the_parameters_themselves():
+    """Joining moves the weights once, keeps every parameter object, and follows updates in place, also in a copy."""
+    model = decoder()
+    before, parameters = {n: p.clone() for n, p in model.named_parameters()}, dict(model.named_parameters())
+    with torch.inference_mode():
+        model.new_cache(1, 2)
+    assert all(p is parameters[n] and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    places = [p.data_ptr() for p in model.parameters()]
+    copied = copy.deepcopy(model)
+    for changed in (model, copied):
+        with torch.no_grad():
+            for p in changed.parameters():
+                p.add_(0.1)
+        decoded, expected = first_step(changed)
+        torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-12)
+    assert [p.data_ptr() for p in model.parameters()] == places, "joining again copies nothing"
+    hidden = model.hidden(torch.tensor([1, 2]), Layout.from_offsets([0, 2]))
+    hidden.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n != "lm_head.weight")
 
 
 def test_decode_on_some_rows_leaves_the_others_alone():

@@ -25,6 +25,10 @@ Rope = tuple[Tensor, Tensor]
 """cos and sin of each token, [M, 1, D]; sin is negative in the first half, the sign of the rotation."""
 
 
+Joined = tuple[Tensor, Tensor]
+"""A layer's query, key and value matrices as one, and its gate and up matrices as one."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -63,11 +67,16 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rope)
         return self.o_proj(causal_attention(q, k, v, layout).flatten(1)), k, v
 
-    def decode(self, x: Tensor, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
-        """[B, H] -> [B, H]: one query per cache row; `keys` and `values` [B, kv_heads, T, D] are written in place."""
-        q, k, v = self.project(x, rope)
+    def decode(self, x: Tensor, qkv: Tensor, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
+        """[B, H] -> [B, H]: one query per cache row; `keys` and `values` [B, kv_heads, T, D] are written in place.
+
+        `qkv` holds the matrices of `project` one below the other: few rows are bound by calls, not by arithmetic.
+        """
+        B, kv = keys.shape[:2]
+        heads = F.linear(x, qkv).view(B, -1, self.head_dim)
+        turned, v = rotate(heads[:, :-kv], rope), heads[:, -kv:]
+        q, k = turned[:, :-kv], turned[:, -kv:]
         keys[step.cells], values[step.cells] = k, v
-        B, kv = k.shape[:2]
         keys, values = keys[:, :, :step.columns].flatten(0, 1), values[:, :, :step.columns].flatten(0, 1)
         q = q.reshape(B * kv, -1, self.head_dim)  # the queries of one kv head side by side: k, v are not repeated
         scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=self.head_dim**-0.5)
@@ -87,6 +96,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
+    def decode(self, x: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return swiglu(gate, up, self.down_proj.weight)
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and beside a residual path."""
@@ -99,13 +112,19 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.self_attn(self.input_layernorm(x), rope, layout)
-        return self._finish(x + attended), k, v
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
-    def decode(self, x: Tensor, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
-        return self._finish(x + self.self_attn.decode(self.input_layernorm(x), rope, step, keys, values))
+    def joined(self, dtype: torch.dtype) -> Joined:
+        """The layer's matrices for `decode`, in the type they are multiplied in."""
+        attention, mlp = self.self_attn, self.mlp
+        return (side_by_side(attention.q_proj, attention.k_proj, attention.v_proj).to(dtype),
+                side_by_side(mlp.gate_proj, mlp.up_proj).to(dtype))
 
-    def _finish(self, x: Tensor) -> Tensor:
-        return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x)))
+    def decode(self, x: Tensor, joined: Joined, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
+        qkv, gate_up = joined
+        x = x + self.self_attn.decode(self.input_layernorm(x), qkv, rope, step, keys, values)
+        return x + self.mlp.decode(self.post_attention_layernorm(x), gate_up)
 
 
 class Trunk(nn.Module):
@@ -187,17 +206,18 @@ class Decoder(nn.Module):
         size = (rows, self.shape.num_key_value_heads, columns, self.shape.head_dim)
         def zeros() -> list[Tensor]:  # not empty: what a masked cell holds must be finite
             return [torch.zeros(size, dtype=self.compute_dtype, device=self._cos.device) for _ in self.model.layers]
-        return KVCache(zeros(), zeros())
+        layers = (cast(DecoderLayer, layer) for layer in self.model.layers)
+        return KVCache(zeros(), zeros(), [layer.joined(self.compute_dtype) for layer in layers])
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
         """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
         step = _Step.at(positions, cache.keys[0])
         with self.autocast():
             x, rope = self._embed(tokens, positions, step.columns)
-            for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True):
+            for layer, joined, keys, values in zip(self.model.layers, cache.joined, cache.keys, cache.values):
                 if rows is not None:
                     keys, values = keys[rows], values[rows]
-                x = cast(DecoderLayer, layer).decode(x, rope, step, keys, values)
+                x = cast(DecoderLayer, layer).decode(x, cast(Joined, joined), rope, step, keys, values)
             return cast(Tensor, self.model.norm(x))
 
     def _embed(self, tokens: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Rope]:
@@ -230,6 +250,26 @@ class _Step:
         beyond = (columns > positions[:, None]).repeat_interleave(like.shape[1], 0)[:, None, :]
         mask = like.new_zeros(beyond.shape).masked_fill_(beyond, float("-inf"))
         return cls(high + 1, (rows, slice(None), positions), mask)
+
+
+@torch.inference_mode(False)  # samplers run in inference mode, and what is made there could not be trained
+@torch.no_grad()
+def side_by_side(*linears: nn.Linear) -> Tensor:
+    """Their matrices one below the other, without a second copy: where they do not lie so already, they are moved.
+
+    The parameters stay the same objects and become views of the whole, so what updates them in place updates it.
+    """
+    weights = [linear.weight for linear in linears]
+    first, rows = weights[0], sum(len(w) for w in weights)
+    starts = [first.data_ptr() + first.element_size() * first.shape[1] * sum(len(w) for w in weights[:i])
+              for i in range(len(weights))]
+    same = {w.untyped_storage().data_ptr() for w in weights} == {first.untyped_storage().data_ptr()}
+    if same and [w.data_ptr() for w in weights] == starts:
+        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    whole = torch.cat([w.detach() for w in weights])
+    for w, part in zip(weights, torch.split(whole, [len(w) for w in weights])):
+        w.data = part
+    return whole
 
 
 def rope_table(shape: Shape, dtype: torch.dtype, device: torch.device) -> Rope:

@@ -5,7 +5,7 @@ Knows no model, no loss and no sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, final, runtime_checkable
@@ -25,6 +25,8 @@ class KVCache:
     """Per layer [B, kv_heads, T, D]."""
     values: list[Tensor]
     """Per layer [B, kv_heads, T, D]."""
+    joined: Sequence[object] = ()
+    """Per layer, what the model prepared for decoding with the weights it had when the cache was made."""
 
     @property
     def rows(self) -> int:
