@@ -96,6 +96,18 @@ def edited(folder: Path, old: str, new: str) -> None:
     (folder / "bad.yaml").write_text(text.replace(old, new))
 
 
+def test_one_long_row_is_named_before_training_begins(folder: Path, call: Call) -> None:
+    rows = (folder / "data.jsonl").read_text()
+    long = {"prompt": "1+" * 15 + "1=", "completion": "16", "answer": "16"}
+    (folder / "data.jsonl").write_text(rows + json.dumps(long) + "\n")
+    code, _, err = call("train", "train.yaml")
+    assert code == 2 and f"1 of {len(small.ROWS) + 1} prompts cannot be answered by the policy" in err
+    assert "32 prompt tokens and up to 4 new ones do not fit the model's 32 positions" in err
+    assert f"data.jsonl:{len(small.ROWS) + 1})" in err
+    (folder / "data.jsonl").write_text(rows)
+    assert_next_try_works(call)
+
+
 # The configuration ------------------------------------------------------------------------------------------------
 
 

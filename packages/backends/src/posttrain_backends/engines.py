@@ -104,9 +104,13 @@ def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[tuple[int, .
     return encoded
 
 
+SHOWN = 20
+"""Prompts that one error lists; all are counted."""
+
+
 def check_fit(prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], sampling: Sampling, vocab_size: int,
               max_positions: int | None) -> None:
-    """Raise `DataError` that names every prompt too long for the model or with ids outside its vocabulary."""
+    """Raise `DataError` that names prompts too long for the model or with ids outside its vocabulary, at most 20."""
     problems, seen = [], None
     for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if ids is seen:
@@ -119,7 +123,8 @@ def check_fit(prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], sam
             problems.append(Problem(f"token ids {min(ids)} to {max(ids)} do not fit the model's vocabulary of "
                                     f"{vocab_size}", _place(i, prompt)))
     if problems:
-        raise DataError(problems, "prompts that the policy cannot answer:",
+        title = f"{len(problems)} of {len(prompts)} prompts cannot be answered by the policy:"
+        raise DataError(problems[:SHOWN], title,
                         "Shorten the prompts, lower rollout.max_new_tokens, or take a policy with more positions and "
                         "the tokenizer's vocabulary.")
 

@@ -191,6 +191,8 @@ def build(loaded: Loaded) -> Parts:
     with importing(loaded, "rollout.engine"):
         evaluator = engine.start(policy, tokenizer, shared=True)
         sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
+    if settings.loop == "rl":  # a row too long for the model would otherwise stop the run when its turn comes
+        evaluator.check([*source.take(0, source.rows, settings.seed), *source.held_out()], sampling_of(settings))
     return Parts(
         tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
         sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()), columns=columns,

@@ -295,6 +295,9 @@ class Sampler(Protocol):
         """One episode per prompt, in order; equal for equal prompts, weights and seed."""
         ...
     def sync(self, params: Iterable[tuple[str, Array]], version: int) -> None: ...
+    def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Raise one `DataError` that names prompts which the model cannot answer; called before training."""
+        ...
 
 
 class Engine(Protocol):

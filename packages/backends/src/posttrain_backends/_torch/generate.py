@@ -303,9 +303,16 @@ class TorchSampler:
         gives no numbers, and `MemoryExhausted` where even one row does not fit."""
         stops = StopStrings(sampling.stop, self._tokenizer.decode)
         encoded = encode(prompts, self._tokenizer)
-        check_fit(prompts, encoded, sampling, len(self._model.output_weight), self._model.max_positions)
+        self._check_fit(prompts, encoded, sampling)
         answers = self._answers(encoded, sampling, seed, stops) if encoded else []
         return assemble(prompts, encoded, answers, sampling, stops, self._version)
+
+    def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Raise one `DataError` that names prompts which do not fit the model together with their answers."""
+        self._check_fit(prompts, encode(prompts, self._tokenizer), sampling)
+
+    def _check_fit(self, prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], sampling: Sampling) -> None:
+        check_fit(prompts, encoded, sampling, len(self._model.output_weight), self._model.max_positions)
 
     def _answers(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int],
                  stops: StopStrings) -> list[Answer]:
