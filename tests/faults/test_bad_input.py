@@ -481,7 +481,7 @@ def test_without_torch(how: str, folder: Path, call: Call) -> None:
 def test_gradients_that_are_not_finite_are_skipped_and_then_end_the_run(folder: Path, call: Call) -> None:
     code, _, err = call("train", "train.yaml", "rewards.correct.file=rewards.py:huge", "recipe=reinforce", "kl=none",
                         "steps=9", "optimizer.max_bad_steps=2")
-    assert code == 4
+    assert code == 4 and "rows of that step: " in err and "data.jsonl:" in err
     assert "the gradient was not finite in 3 consecutive steps" in err and "first in " in err
     assert "model.layers." in err or "lm_head" in err or "model.embed_tokens" in err
     lines = read_metrics(RUN)

@@ -15,7 +15,7 @@ import numpy as np
 from posttrain.batching import StepData, counts_of, cut, smaller_budget, units_of
 from posttrain.comm import Comm
 from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
-from posttrain.errors import MemoryExhausted
+from posttrain.errors import Diverged, MemoryExhausted
 from posttrain.loss import SHARED, Sum
 from posttrain.protocols import Batching, GradientCombiner, Learner
 from posttrain.steps import Annotations
@@ -116,8 +116,18 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             mix, combiner_state = combiner.weights(t.learner.gramian(t.objective.slots), combiner_state)
             weights = {SHARED: 1.0, **dict(zip(t.objective.slots, mix.tolist(), strict=True))}
             metrics += {f"combiner/{slot}": Metric(w, reduction="last") for slot, w in weights.items()}
-        metrics += Metrics({t.prefix + name: m for name, m in t.learner.apply(weights).items()})
+        try:
+            applied = t.learner.apply(weights)
+        except Diverged as error:
+            raise Diverged(f"{error}\nrows of that step: {_rows(rollouts)}") from error
+        metrics += Metrics({t.prefix + name: m for name, m in applied.items()})
     return metrics, budget, combiner_state
+
+
+def _rows(rollouts: Rollouts, shown: int = 8) -> str:
+    """Where the first rows of a step come from."""
+    places = list(dict.fromkeys(p.where or f"group {p.group}" for p in rollouts.prompts))
+    return ", ".join(places[:shown]) + (f" and {len(places) - shown} more" if len(places) > shown else "")
 
 
 def _of_one_step(metric: Metric) -> Metric:
