@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 from posttrain.data import FINISH, Prompt, Rollouts, Sampling, offsets_of
-from posttrain.errors import ConfigError, DataError, Diverged, PluginError, Problem
+from posttrain.errors import SHOWN, ConfigError, DataError, Diverged, PluginError, Problem
 from posttrain.protocols import Sampler, Scorer, Tokenizer
 from posttrain.tokenizers import prompt_ids
 
@@ -102,10 +102,6 @@ def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[tuple[int, .
     if problems:
         raise DataError(problems, "prompts that cannot be encoded:")
     return encoded
-
-
-SHOWN = 20
-"""Prompts that one error lists; all are counted."""
 
 
 def check_fit(prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], sampling: Sampling, vocab_size: int,

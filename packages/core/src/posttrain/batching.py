@@ -6,7 +6,7 @@ answers) is never split; everything else about the split leaves loss and gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
@@ -35,7 +35,16 @@ def counts_of(rollouts: Rollouts, keep: np.ndarray) -> Counts:
     return Counts(actions=int(per_episode.sum()), episodes=int((per_episode > 0).sum()), episode_actions=per_episode)
 
 
-def units_of(rollouts: Rollouts, keep: np.ndarray, unit: Literal["action", "episode", "group"]) -> list[np.ndarray]:
+Unit = Literal["action", "episode", "group"]
+
+
+def coarsest(units: Iterable[Unit]) -> Unit:
+    """The unit that keeps together what each of the given ones keeps together."""
+    order: tuple[Unit, ...] = ("action", "episode", "group")
+    return max(units, key=order.index)
+
+
+def units_of(rollouts: Rollouts, keep: np.ndarray, unit: Unit) -> list[np.ndarray]:
     """Episodes that must stay together, each list in order; episodes without a kept action are left out."""
     alive = np.unique(rollouts.action_episode[keep])
     if unit != "group":

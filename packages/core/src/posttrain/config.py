@@ -209,7 +209,7 @@ class _Builder:
 
     def settings(self, values: dict[str, Any]) -> Settings | None:
         """The whole configuration, or None where something in it is wrong."""
-        return construct(Settings, values, (), self.problem, special=self.slot)  # type: ignore[no-any-return]
+        return construct(Settings, values, (), self.problem, special=self.slot)  # type: ignore[no-any-return]  # of its first argument
 
     def slot(self, f: Field[Any], value: Any, key: Key) -> Any:
         """What a key of components holds: one, none, or a map of names to them."""

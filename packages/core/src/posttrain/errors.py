@@ -28,6 +28,10 @@ class Problem:
         return f"{self.message} ({self.where})" if self.where else self.message
 
 
+SHOWN = 20
+"""Rows that one error lists; the rest are counted."""
+
+
 class InputError(PosttrainError):
     """All problems found in one input at once, so that they can be mended at once."""
 

@@ -251,7 +251,8 @@ def _attempt(work: Callable[[DictConfig], Any], tree: dict[str, Any], marks: Map
     while True:
         try:
             done = work(OmegaConf.create(tree))
-            return OmegaConf.to_container(done) if isinstance(done, DictConfig) else done  # type: ignore[return-value]
+            plain = OmegaConf.to_container(done) if isinstance(done, DictConfig) else done
+            return plain  # type: ignore[return-value]  # OmegaConf types lists too; a dict stays one
         except OmegaConfBaseException as error:
             key: Key = tuple(part for part in re.split(r"[.\[\]]+", error.full_key or "") if part)
             problems.append(Problem(f"{dotted(key)}: {str(error).splitlines()[0]}", where(marks, key)))

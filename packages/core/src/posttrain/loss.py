@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+from posttrain.batching import coarsest
 from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
 from posttrain.ops import Ops
 from posttrain.protocols import KL, Need, Objective, Output
 
 SHARED = "shared"
+
+
+def k3(xp: Any, d: Array) -> Array:
+    """e^d - 1 - d, never negative: KL(p || q) of actions drawn from p, d = log q - log p (Schulman 2020)."""
+    d = xp.clip(d, -20.0, 20.0)
+    return xp.expm1(d) - d
 
 
 @final
@@ -58,8 +65,8 @@ class Measured:
         n = xp.sum(real)
         metrics = {"policy/entropy": (ops.stop_gradient(xp.sum(real * out.entropy)), n)}
         if self.reference:
-            d = xp.clip(batch.ref_logprobs - ops.stop_gradient(out.logprobs), -20.0, 20.0)
-            metrics["kl/reference"] = (xp.sum(real * (xp.expm1(d) - d)), n)
+            d = batch.ref_logprobs - ops.stop_gradient(out.logprobs)
+            metrics["kl/reference"] = (xp.sum(real * k3(xp, d)), n)
         return Loss({}, metrics)
 
 
@@ -80,8 +87,7 @@ class Sum:
 
     @property
     def unit(self) -> Literal["action", "episode", "group"]:
-        order: tuple[Literal["action", "episode", "group"], ...] = ("action", "episode", "group")
-        return max((part.unit for part in self.parts), key=order.index)
+        return coarsest(part.unit for part in self.parts)
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from posttrain.data import (
     to_numpy,
 )
 from posttrain.errors import MemoryExhausted, RewardError
+from posttrain.loss import k3
 from posttrain.ops import ops_of
 from posttrain.protocols import KL, Batching, Combiner, Correction, Estimator, Need, Output, Scorer
 
@@ -171,9 +172,9 @@ def kl_penalty(kl: KL[Any], coef: float, notes: Annotations) -> np.ndarray:
 
 
 def measured_kl(notes: Annotations) -> Metric:
-    """KL(policy || reference) per action by k3, which is never negative (Schulman 2020)."""
-    d = np.clip(np.asarray(notes.ref_logprobs, np.float64) - np.asarray(notes.logprobs, np.float64), -20.0, 20.0)
-    return Metric(float(np.sum(np.expm1(d) - d)), len(d))
+    """KL(policy || reference) per action, by k3."""
+    d = np.asarray(notes.ref_logprobs, np.float64) - np.asarray(notes.logprobs, np.float64)
+    return Metric(float(np.sum(k3(np, d))), len(d))
 
 
 def needed_outputs(needs: frozenset[Need]) -> frozenset[Output]:
@@ -226,4 +227,4 @@ def sampler_gap(rollouts: Rollouts, notes: Annotations) -> Metrics:
     N = len(gap)
     return Metrics({"sampler/gap": Metric(float(np.abs(gap).sum()), N),
                     "sampler/gap_max": Metric(float(np.abs(gap).max(initial=0.0)), reduction="max"),
-                    "sampler/k3": Metric(float(np.sum(np.expm1(np.clip(gap, -20, 20)) - np.clip(gap, -20, 20))), N)})
+                    "sampler/k3": Metric(float(np.sum(k3(np, gap))), N)})

@@ -11,13 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from posttrain.data import FINISH, Metric, Metrics, Prompt, Rollouts, offsets_of
-from posttrain.errors import DataError, Problem
+from posttrain.errors import SHOWN, DataError, Problem
 from posttrain.protocols import Output, PromptSource, Tokenizer
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.steps import score
 from posttrain.tasks.formats import COMPLETION
-from posttrain.tasks.rows import SHOWN
 from posttrain.timing import Phases
 from posttrain.tokenizers import prompt_ids
 from posttrain.trainer import Parts, evaluate, held_out

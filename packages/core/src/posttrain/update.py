@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.batching import StepData, counts_of, cut, smaller_budget, units_of
+from posttrain.batching import StepData, coarsest, counts_of, cut, smaller_budget, units_of
 from posttrain.comm import Comm
 from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
 from posttrain.errors import Diverged, MemoryExhausted
@@ -90,8 +90,7 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     counts = over_ranks(counts_of(rollouts, keep), comm)
     data = [StepData(rollouts, keep, per_action(t.objective.weights(counts), keep, correction), columns)
             for t in trained]
-    unit = max((t.objective.unit for t in trained), key=("action", "episode", "group").index)
-    units = units_of(rollouts, keep, unit)
+    units = units_of(rollouts, keep, coarsest(t.objective.unit for t in trained))
     costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
     retries = 0
     while True:

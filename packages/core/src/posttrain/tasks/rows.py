@@ -15,15 +15,11 @@ from typing import Any, final
 import numpy as np
 
 from posttrain.data import Prompt
-from posttrain.errors import DataError, Problem
+from posttrain.errors import SHOWN, DataError, Problem
 from posttrain.protocols import PromptSource, RowRules, Tokenizer
 from posttrain.tasks.formats import Format, Row, detect, prompt_of, row_of
 
 log = logging.getLogger(__name__)
-
-SHOWN = 20
-"""Problems that one error lists; the rest are counted."""
-
 
 @final
 @dataclass(frozen=True, slots=True)
