@@ -98,3 +98,51 @@ def test_only_the_two_inputs_of_the_width_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
         swiglu(gate, up, down)
     assert kept == [gate.data_ptr(), up.data_ptr(), down.data_ptr()]
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 9), width=st.integers(1, 7), outer=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+       seed=st.integers(0, 99))
+def test_normed_linears_equal_autograd(rows, width, outer, seed):
+    x, weight, *matrices = drawn((rows, width), (width,), *((n, width) for n in outer), seed=seed)
+    module = norm(1e-6, weight)
+    inputs = (x, module.weight, *matrices)
+    found = module.linears(x, *matrices)
+    plain = F.rms_norm(x, (width,), module.weight, 1e-6)
+    wanted = [F.linear(plain, matrix) for matrix in matrices]
+    by_outputs = [torch.cos(y.detach()) for y in wanted]
+    for y, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for g, expected in zip(torch.autograd.grad(found, inputs, by_outputs),
+                           torch.autograd.grad(wanted, inputs, by_outputs), strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-8, atol=1e-10 * max(1.0, expected.abs().max().item()))
+
+
+def test_normed_linears_keep_their_input_and_not_the_normed_one():
+    kept: list[int] = []
+    x, weight, a, b = drawn((5, 7), (7,), (3, 7), (2, 7))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        norm(1e-6, weight).linears(x, a, b)
+    assert kept == [35, 7, 5, 21, 14]
+
+
+def test_normed_linears_under_autocast_stay_near_float32():
+    x, weight, a, b = drawn((64, 32), (32,), (16, 32), (8, 32), dtype=torch.float32)
+    module = norm(1e-6, weight)
+    inputs = (x, module.weight, a, b)
+    exact = torch.autograd.grad(sum(y.square().sum() for y in module.linears(x, a, b)), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = module.linears(x, a, b)
+    assert {y.dtype for y in half} == {torch.bfloat16}
+    for g, e in zip(torch.autograd.grad(sum(y.float().square().sum() for y in half), inputs), exact, strict=True):
+        assert g.dtype == torch.float32
+        assert (g - e).norm() < 0.02 * e.norm()
+
+
+def test_normed_linears_take_frozen_parameters_and_give_numerical_derivatives():
+    x, weight, a, b = drawn((3, 4), (4,), (2, 4), (3, 4))
+    module = norm(1e-3, weight)
+    assert torch.autograd.gradcheck(module.linears, (x, a, b))
+    module.requires_grad_(False)
+    sum(y.sum() for y in module.linears(x, a.detach(), b)).backward()
+    assert module.weight.grad is None and a.grad is None and x.grad is not None and b.grad is not None

@@ -53,6 +53,8 @@ class Setting:
     heads: int = 4
     kv_heads: int = 2
     prompts: int = 4
+    terms: int = 2
+    """Numbers in the sum that a prompt asks for."""
     answers: int = 8
     new_tokens: int = 64
     parts: int = 1
@@ -63,15 +65,18 @@ class Setting:
     @property
     def rows(self) -> list[dict[str, str]]:
         """As many as one step takes: every step has the same prompts."""
-        return [{"prompt": f"{17 * i + 3}+{5 * i + 2}=", "answer": str(22 * i + 5)} for i in range(self.prompts)]
+        sums = [[17 * i + 3] + [5 * i + 2 + n for n in range(self.terms - 1)] for i in range(self.prompts)]
+        return [{"prompt": "+".join(map(str, numbers)) + "=", "answer": str(sum(numbers))} for numbers in sums]
 
 
 SETTINGS: Mapping[str, Setting] = {
     "small": Setting(),
     "small, 4 parts": Setting(parts=4),
+    "long prompts": Setting(terms=80),
     "vocabulary of 32768": Setting(vocab_size=32768, hidden_size=256, intermediate_size=704, new_tokens=32),
 }
-"""The second splits each update in four; the third shows the output matrix."""
+"""The second splits each update in four; the third has prompts of some 150 tokens, which we compute once for all their
+answers and the peer once for each; the last shows the output matrix."""
 
 
 def digits(completions: list[str], **columns: Any) -> list[float]:

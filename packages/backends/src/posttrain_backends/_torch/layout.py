@@ -2,7 +2,8 @@
 
 Everything per token runs on flat [M, ...] tensors. Only attention wants [rows, columns, ...]: a `Block` gathers some of
 the sequences into such a rectangle, padded on the right, and takes the real cells back out. Under a causal mask padding
-on the right changes nothing: no real token sees it.
+on the right changes nothing: no real token sees it. A token that several sequences begin with stands once in the flat
+tensors and in a cell of each of their rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Block:
     gather: Tensor
     """[rows * columns] the flat token in each cell; a padding cell repeats the last token of its row."""
     scatter: Tensor
-    """[m] the cell of each of the block's tokens, in flat order."""
+    """[m] the first cell of each token that no earlier block gives, in flat order."""
 
     def pad(self, x: Tensor) -> Tensor:
         """[M, ...] -> [rows, columns, ...]."""
@@ -41,60 +42,73 @@ class Block:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """S ragged sequences of M tokens in one forward pass."""
+    """S ragged sequences over M tokens in one forward pass."""
 
     offsets: np.ndarray
-    """[S+1] on the host: where each sequence begins, and the end."""
-    starts: Tensor
-    """[S+1] the same on the device."""
+    """[S+1] on the host: where each sequence begins in `cells`, and the end."""
+    cells: np.ndarray
+    """[C] on the host: the tokens of one sequence after the other; 0, 1, ..., M-1 where none is shared."""
     rows: Tensor
-    """[M] the sequence of each token."""
+    """[M] the first sequence that holds each token."""
     positions: Tensor
     """[M] the position of each token in its sequence."""
+    last: Tensor
+    """[S] the last token of each sequence."""
     longest: int
     """Tokens of the longest sequence."""
     blocks: tuple[Block, ...]
-    """Rectangles that together hold every token once; sequences of one block differ in length by at most twofold."""
+    """Rectangles that together give every token once; sequences of one block differ in length by at most twofold."""
     inverse: Tensor | None
     """[M] places of the tokens in the concatenated blocks; None where one block holds them in order."""
 
     @classmethod
-    def from_offsets(cls, offsets: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Layout:
-        """The layout of sequences that begin at `offsets` [S+1]."""
+    def from_offsets(cls, offsets: Sequence[int] | np.ndarray, device: torch.device | str = "cpu",
+                     cells: np.ndarray | None = None) -> Layout:
+        """The layout of sequences that begin at `offsets` [S+1] of `cells` [C], by default one token after the other.
+
+        Tokens are numbered in the order of their first cells, and a shared one has the same position everywhere.
+        """
         offsets = np.asarray(offsets, dtype=np.int64)
-        lengths = np.diff(offsets)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.arange(offsets[-1]) - offsets[rows]
+        cells = np.arange(offsets[-1]) if cells is None else cells
+        first, lengths = _first_cells(cells), np.diff(offsets)
+        rows = np.repeat(np.arange(len(lengths)), lengths)[first]
         groups = _similar_lengths(lengths)
         order = [np.flatnonzero(np.isin(rows, group)) for group in groups] if len(groups) > 1 else []
         inverse = torch.from_numpy(np.argsort(np.concatenate(order))).to(device) if order else None
         return cls(
-            offsets=offsets, starts=torch.from_numpy(offsets).to(device), rows=torch.from_numpy(rows).to(device),
-            positions=torch.from_numpy(positions).to(device), longest=int(lengths.max(initial=0)),
-            blocks=tuple(_block(offsets, group, device) for group in groups), inverse=inverse)
-
-    @classmethod
-    def from_tokens(cls, sequence: np.ndarray, positions: np.ndarray, device: torch.device | str = "cpu") -> Layout:
-        """The layout of tokens that name their sequence and position, both [M].
-
-        Raises `ValueError` where sequences are not contiguous and in order, or positions do not count from 0.
-        """
-        sequence, positions = np.asarray(sequence), np.asarray(positions)
-        offsets = offsets_of(np.bincount(sequence))
-        if len(sequence) and (np.diff(sequence) < 0).any():
-            raise ValueError("the tokens of a sequence must be contiguous, and sequences in order")
-        if (positions != np.arange(len(sequence)) - offsets[sequence]).any():
-            raise ValueError("positions must count 0, 1, 2, ... in every sequence")
-        return cls.from_offsets(offsets, device)
-
-    @property
-    def last(self) -> Tensor:
-        """[S] the last token of each sequence."""
-        return self.starts[1:] - 1
+            offsets=offsets, cells=cells, rows=torch.from_numpy(rows).to(device),
+            positions=torch.from_numpy(first - offsets[rows]).to(device),
+            last=torch.from_numpy(np.append(cells, -1)[offsets[1:] - 1]).to(device),
+            longest=int(lengths.max(initial=0)),
+            blocks=tuple(_block(offsets, cells, first, group, device) for group in groups), inverse=inverse)
 
     def rectangle(self) -> Block:
         """All sequences that hold a token as one block, [rows, longest]."""
-        return _block(self.offsets, np.flatnonzero(np.diff(self.offsets)), self.rows.device)
+        holding = np.flatnonzero(np.diff(self.offsets))
+        return _block(self.offsets, self.cells, _first_cells(self.cells), holding, self.rows.device)
+
+
+def offsets_of_tokens(sequence: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[S+1] where the sequences begin of tokens that name their sequence and position, both [M].
+
+    Raises `ValueError` where sequences are not contiguous and in order, or positions do not count from 0.
+
+    >>> offsets_of_tokens(np.array([0, 0, 2]), np.array([0, 1, 0]))
+    array([0, 2, 2, 3])
+    """
+    sequence, positions = np.asarray(sequence), np.asarray(positions)
+    offsets = offsets_of(np.bincount(sequence))
+    if len(sequence) and (np.diff(sequence) < 0).any():
+        raise ValueError("the tokens of a sequence must be contiguous, and sequences in order")
+    if (positions != np.arange(len(sequence)) - offsets[sequence]).any():
+        raise ValueError("positions must count 0, 1, 2, ... in every sequence")
+    return offsets
+
+
+def _first_cells(cells: np.ndarray) -> np.ndarray:
+    """[M] the first cell of each token: there the number of the token is larger than all before it."""
+    largest_before = np.maximum.accumulate(np.append(-1, cells))[:-1]
+    return np.flatnonzero(cells > largest_before)
 
 
 def _similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
@@ -113,11 +127,12 @@ def _similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
     return groups
 
 
-def _block(offsets: np.ndarray, group: np.ndarray, device: torch.device | str) -> Block:
+def _block(offsets: np.ndarray, cells: np.ndarray, first: np.ndarray, group: np.ndarray,
+           device: torch.device | str) -> Block:
     starts, lengths = offsets[:-1][group], np.diff(offsets)[group]
     columns = int(lengths.max(initial=0))
-    cell = np.arange(columns)[None, :]
-    gather = starts[:, None] + np.minimum(cell, lengths[:, None] - 1)
-    scatter = np.flatnonzero(cell < lengths[:, None])
-    return Block(rows=len(group), columns=columns, gather=torch.from_numpy(gather.ravel()).to(device),
-                 scatter=torch.from_numpy(scatter).to(device))
+    column = np.arange(columns)[None, :]
+    cell = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+    gives = (column < lengths[:, None]) & (first[cells[cell]] == cell)
+    return Block(rows=len(group), columns=columns, gather=torch.from_numpy(cells[cell].ravel()).to(device),
+                 scatter=torch.from_numpy(np.flatnonzero(gives)).to(device))

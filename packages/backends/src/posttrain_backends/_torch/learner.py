@@ -24,11 +24,12 @@ from posttrain.protocols import Objective, Optimization, Output
 from torch import Tensor, nn
 
 from posttrain_backends._torch.head import chosen_logprobs
-from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.interface import LanguageModel
 from posttrain_backends._torch.optimizer import NamedAdamW
+from posttrain_backends._torch.sharing import computed
 
 VALUE_HEAD = "value_head."
 """Before the names of the value head's parameters, which belong to the learner and not to the model."""
@@ -44,12 +45,14 @@ class _Actions:
     """Tokens of one forward pass, and where in them actions and episodes' ends lie."""
 
     tokens: Tensor
-    """[M]"""
+    """[U] those that are computed."""
     layout: Layout
-    source: Tensor
-    """[N] the token of each action."""
+    before: Tensor
+    """[N] the token before each action: it gives the action's log-prob, and the value of the state before it."""
+    chosen: Tensor
+    """[N] the id of each action."""
     last: Tensor
-    """[E] the last token of each episode."""
+    """[E] the last token of each episode; [0] where nobody asks for it."""
 
 
 @final
@@ -101,21 +104,29 @@ class TorchLearner:
 
         @torch.no_grad()
         def scored() -> TokenOutputs:
-            actions = _Actions(
-                self._ids(rollouts.tokens), Layout.from_offsets(rollouts.offsets, self.device),
-                self._ids(rollouts.source), self._ids(np.maximum(np.cumsum(rollouts.episode_tokens) - 1, 0)))
+            ends = np.maximum(np.cumsum(rollouts.episode_tokens) - 1, 0)
+            actions = self._actions(rollouts.tokens, rollouts.offsets, rollouts.source, ends, outputs)
             return self._outputs(actions, outputs, temperature)
         out = translating_memory_errors(scored)
         return _to_host(out)
 
+    def _actions(self, tokens: Array, offsets: np.ndarray, source: Array, last: Array,
+                 outputs: frozenset[Output]) -> _Actions:
+        """Actions at `source` of tokens whose sequences begin at `offsets`, and the least that must be computed."""
+        tokens, before = np.asarray(tokens), np.asarray(source) - 1
+        ends = np.asarray(last)[:len(last) if Output.BOOTSTRAP_VALUES in outputs else 0]
+        need = computed(tokens, offsets, np.concatenate([before, ends]), self.device,
+                        shared=self.model.shares_prompts)
+        return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
+                        self._ids(tokens[before + 1]), self._ids(need.place[ends]))
+
     def _outputs(self, actions: _Actions, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
-        """The value of the state before an action, like its log-prob, is read off the token before it."""
         hidden = self.model.hidden(actions.tokens, actions.layout)
-        before = hidden.index_select(0, actions.source - 1)
+        before = hidden.index_select(0, actions.before)
         logprobs, entropy = torch.full((len(before),), float("nan"), dtype=self._dtype, device=self.device), None
         if outputs & {Output.LOGPROBS, Output.ENTROPY}:
             logprobs, entropy = chosen_logprobs(
-                before, self.model.output_weight, actions.tokens[actions.source], temperature=temperature,
+                before, self.model.output_weight, actions.chosen, temperature=temperature,
                 rows=self._head_rows, entropy=Output.ENTROPY in outputs, compute=self.model.compute_dtype)
         return TokenOutputs(
             logprobs=logprobs, entropy=entropy,
@@ -150,9 +161,8 @@ class TorchLearner:
                 self._sums(slot)  # for an empty part too, so that all ranks hold the same slots
             if len(batch.source) == 0:
                 return Metrics()
-            actions = _Actions(
-                self._ids(batch.tokens), Layout.from_tokens(batch.sequence, batch.positions, self.device),
-                self._ids(batch.source), self._ids(batch.last))
+            offsets = offsets_of_tokens(batch.sequence, batch.positions)
+            actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs)
             out = self._outputs(actions, objective.outputs, batch.temperature)
             loss = objective(ops_of(out.logprobs), out, self._on_device(batch), coef)
             self._backward(_by_slot(loss))

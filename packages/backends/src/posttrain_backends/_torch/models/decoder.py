@@ -25,10 +25,6 @@ Rope = tuple[Tensor, Tensor]
 """cos and sin of each token, [M, 1, D]; sin is negative in the first half, the sign of the rotation."""
 
 
-Joined = tuple[Tensor, Tensor]
-"""A layer's query, key and value matrices as one, and its gate and up matrices as one."""
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -58,30 +54,12 @@ class Attention(nn.Module):
         self.q_proj, self.o_proj = nn.Linear(H, Q, bias=False), nn.Linear(Q, H, bias=False)
         self.k_proj, self.v_proj = nn.Linear(H, KV, bias=False), nn.Linear(H, KV, bias=False)
 
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """[M, H] -> q [M, heads, D], k and v [M, kv_heads, D]; q and k rotated."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, rope), rotate(k, rope), v
-
-    def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.project(x, rope)
+    def forward(self, x: Tensor, norm: Norm, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """[M, H] -> [M, H], keys and values [M, kv_heads, D]; reads `norm` of x."""
+        projected = norm.linears(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
+        q, k = rotate(q, rope), rotate(k, rope)
         return self.o_proj(causal_attention(q, k, v, layout).flatten(1)), k, v
-
-    def decode(self, x: Tensor, qkv: Tensor, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
-        """[B, H] -> [B, H]: one query per cache row; `keys` and `values` [B, kv_heads, T, D] are written in place.
-
-        `qkv` holds the matrices of `project` one below the other: few rows are bound by calls, not by arithmetic.
-        """
-        B, kv = keys.shape[:2]
-        heads = F.linear(x, qkv).view(B, -1, self.head_dim)
-        turned, v = rotate(heads[:, :-kv], rope), heads[:, -kv:]
-        q, k = turned[:, :-kv], turned[:, -kv:]
-        keys[step.cells], values[step.cells] = k, v
-        keys, values = keys[:, :, :step.columns].flatten(0, 1), values[:, :, :step.columns].flatten(0, 1)
-        q = q.reshape(B * kv, -1, self.head_dim)  # the queries of one kv head side by side: k, v are not repeated
-        scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=self.head_dim**-0.5)
-        weights = torch.softmax(scores, dim=-1)
-        return cast(Tensor, self.o_proj(torch.bmm(weights, values).view(B, -1)))
 
 
 class MLP(nn.Module):
@@ -93,11 +71,9 @@ class MLP(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(H, I, bias=False), nn.Linear(H, I, bias=False)
         self.down_proj = nn.Linear(I, H, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
-
-    def decode(self, x: Tensor, gate_up: Tensor) -> Tensor:
-        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """[M, H] -> [M, H]; reads `norm` of x."""
+        gate, up = norm.linears(x, self.gate_proj.weight, self.up_proj.weight)
         return swiglu(gate, up, self.down_proj.weight)
 
 
@@ -111,20 +87,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn(self.input_layernorm(x), rope, layout)
+        attended, k, v = self.self_attn(x, self.input_layernorm, rope, layout)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+        return x + self.mlp(x, self.post_attention_layernorm), k, v
 
-    def joined(self, dtype: torch.dtype) -> Joined:
-        """The layer's matrices for `decode`, in the type they are multiplied in."""
+    def for_decoding(self, dtype: torch.dtype) -> LayerWeights:
+        """The layer's weights for `decode_layer`; joined matrices in the type they are multiplied in."""
         attention, mlp = self.self_attn, self.mlp
-        return (side_by_side(attention.q_proj, attention.k_proj, attention.v_proj).to(dtype),
-                side_by_side(mlp.gate_proj, mlp.up_proj).to(dtype))
-
-    def decode(self, x: Tensor, joined: Joined, rope: Rope, step: _Step, keys: Tensor, values: Tensor) -> Tensor:
-        qkv, gate_up = joined
-        x = x + self.self_attn.decode(self.input_layernorm(x), qkv, rope, step, keys, values)
-        return x + self.mlp.decode(self.post_attention_layernorm(x), gate_up)
+        return LayerWeights(
+            self.input_layernorm.weight, side_by_side(attention.q_proj, attention.k_proj, attention.v_proj).to(dtype),
+            attention.o_proj.weight, self.post_attention_layernorm.weight,
+            side_by_side(mlp.gate_proj, mlp.up_proj).to(dtype), mlp.down_proj.weight)
 
 
 class Trunk(nn.Module):
@@ -177,6 +150,10 @@ class Decoder(nn.Module):
     def max_positions(self) -> int:
         return len(self._cos)
 
+    @property
+    def shares_prompts(self) -> bool:
+        return True
+
     def autocast(self) -> AbstractContextManager[object]:
         return autocast_to(self.precision, self._cos.device)
 
@@ -207,17 +184,17 @@ class Decoder(nn.Module):
         def zeros() -> list[Tensor]:  # not empty: what a masked cell holds must be finite
             return [torch.zeros(size, dtype=self.compute_dtype, device=self._cos.device) for _ in self.model.layers]
         layers = (cast(DecoderLayer, layer) for layer in self.model.layers)
-        return KVCache(zeros(), zeros(), [layer.joined(self.compute_dtype) for layer in layers])
+        return KVCache(zeros(), zeros(), [layer.for_decoding(self.compute_dtype) for layer in layers])
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
         """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
         step = _Step.at(positions, cache.keys[0])
         with self.autocast():
             x, rope = self._embed(tokens, positions, step.columns)
-            for layer, joined, keys, values in zip(self.model.layers, cache.joined, cache.keys, cache.values):
+            for weights, keys, values in zip(cache.weights, cache.keys, cache.values):
                 if rows is not None:
                     keys, values = keys[rows], values[rows]
-                x = cast(DecoderLayer, layer).decode(x, cast(Joined, joined), rope, step, keys, values)
+                x = decode_layer(x, cast(LayerWeights, weights), self.shape, rope, step, keys, values)
             return cast(Tensor, self.model.norm(x))
 
     def _embed(self, tokens: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Rope]:
@@ -250,6 +227,41 @@ class _Step:
         beyond = (columns > positions[:, None]).repeat_interleave(like.shape[1], 0)[:, None, :]
         mask = like.new_zeros(beyond.shape).masked_fill_(beyond, float("-inf"))
         return cls(high + 1, (rows, slice(None), positions), mask)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """A layer as `decode_layer` takes it: the matrices that read the same input are one, as few rows are bound by
+    calls and not by arithmetic."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    """[(heads + 2 kv_heads) D, H]"""
+    o: Tensor
+    post_attention_norm: Tensor
+    gate_up: Tensor
+    """[2 I, H]"""
+    down: Tensor
+
+
+def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, step: _Step, keys: Tensor,
+                 values: Tensor) -> Tensor:
+    """`DecoderLayer` for one token [B, H] per cache row; writes `keys` and `values` [B, kv_heads, T, D] in place."""
+    (B, H), kv, D = x.shape, shape.num_key_value_heads, shape.head_dim
+    normed = F.rms_norm(x, (H,), weights.input_norm, shape.rms_norm_eps)
+    heads = F.linear(normed, weights.qkv).view(B, -1, D)
+    turned = rotate(heads[:, :-kv], rope)
+    q, k = turned[:, :-kv], turned[:, -kv:]
+    keys[step.cells], values[step.cells] = k, heads[:, -kv:]
+    keys, values = keys[:, :, :step.columns].flatten(0, 1), values[:, :, :step.columns].flatten(0, 1)
+    q = q.reshape(B * kv, -1, D)  # the queries of one kv head side by side: k, v are not repeated
+    scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=D**-0.5)
+    attended = torch.bmm(torch.softmax(scores, dim=-1), values).view(B, -1)
+    x = x + F.linear(attended, weights.o)
+    normed = F.rms_norm(x, (H,), weights.post_attention_norm, shape.rms_norm_eps)
+    gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
+    return x + swiglu(gate, up, weights.down)
 
 
 @torch.inference_mode(False)  # samplers run in inference mode, and what is made there could not be trained

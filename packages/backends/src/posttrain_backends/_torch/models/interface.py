@@ -25,7 +25,7 @@ class KVCache:
     """Per layer [B, kv_heads, T, D]."""
     values: list[Tensor]
     """Per layer [B, kv_heads, T, D]."""
-    joined: Sequence[object] = ()
+    weights: Sequence[object] = ()
     """Per layer, what the model prepared for decoding with the weights it had when the cache was made."""
 
     @property
@@ -60,6 +60,11 @@ class LanguageModel(Protocol):
     @property
     def max_positions(self) -> int | None:
         """Longest sequence; None where the model sets no limit."""
+        ...
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether it is worth giving `hidden` a layout whose sequences share tokens: they are computed once."""
         ...
 
     def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:

@@ -30,6 +30,14 @@ class Norm(nn.RMSNorm):
             return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]  # as above
         return super().forward(x)
 
+    def linears(self, x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+        """The normed x [M, H] times each of the matrices [O, H], transposed."""
+        if torch.is_grad_enabled() and x.device.type == "cpu":
+            made = _NormedLinears.apply(x, self.weight, self.eps, *matrices)  # type: ignore[no-untyped-call]
+            return cast(tuple[Tensor, ...], made)
+        normed = self(x)
+        return tuple(F.linear(normed, matrix) for matrix in matrices)
+
 
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) and the product are computed anew. Under autocast each gradient has the type of what it is of."""
@@ -51,11 +59,11 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With r = (mean(x^2) + eps)^(-1/2), n = x r and g = dy * weight: dx = r (g - n mean(g n)), dweight = sum(dy n)."""
+    """With r = (mean(x^2) + eps)^(-1/2): y = x r * weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[:, None]
+        r = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, r)
         y: Tensor = (x * r).mul_(weight)
         return y
@@ -64,9 +72,42 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, r = ctx.saved_tensors
+        return *_norm_gradients(by_output * weight, by_output, x * r, r, ctx.needs_input_grad[1]), None
+
+
+class _NormedLinears(torch.autograd.Function):
+    """Keeps x and r; the normed x is computed anew, which is cheaper than reading it back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, *matrices: Tensor) -> tuple[Tensor, ...]:
+        r = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, r, *matrices)
+        normed = (x * r).mul_(weight)
+        return tuple(F.linear(normed, matrix) for matrix in matrices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r, *matrices = ctx.saved_tensors
         n = x * r
-        by_weight = torch.linalg.vecdot(by_output, n, dim=0) if ctx.needs_input_grad[1] else None
-        g = by_output * weight
-        mean = torch.linalg.vecdot(g, n)[:, None].div_(x.shape[-1])
-        by_x: Tensor = g.addcmul_(n, mean, value=-1).mul_(r)
-        return by_x, by_weight, None
+        normed = (n * weight).to(by_outputs[0].dtype)
+        by_matrices = [(by_output.t() @ normed).to(matrix.dtype) if needed else None
+                       for by_output, matrix, needed in zip(by_outputs, matrices, ctx.needs_input_grad[3:])]
+        by_normed = torch.mm(by_outputs[0], matrices[0].to(by_outputs[0].dtype), out=normed)
+        for by_output, matrix in zip(by_outputs[1:], matrices[1:]):
+            by_normed.addmm_(by_output, matrix.to(by_output.dtype))
+        by_normed = by_normed.to(x.dtype)
+        return *_norm_gradients(by_normed * weight, by_normed, n, r, ctx.needs_input_grad[1]), None, *by_matrices
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """[M, H] -> [M, 1]."""
+    mean_square: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1])
+    return mean_square.add_(eps).rsqrt_()[:, None]
+
+
+def _norm_gradients(g: Tensor, by_output: Tensor, n: Tensor, r: Tensor, weight: bool) -> tuple[Tensor, Tensor | None]:
+    """With n = x r and g = dy * weight: dx = r (g - n mean(g n)), made in the place of g; dweight = sum(dy n)."""
+    by_weight = torch.linalg.vecdot(by_output, n, dim=0) if weight else None
+    mean = torch.linalg.vecdot(g, n)[:, None].div_(n.shape[-1])
+    return g.addcmul_(n, mean, value=-1).mul_(r), by_weight

@@ -44,6 +44,11 @@ class UserModel:
     def max_positions(self) -> None:
         return None
 
+    @property
+    def shares_prompts(self) -> bool:
+        """No: the module sees whole rows."""
+        return False
+
     def autocast(self) -> AbstractContextManager[object]:
         return autocast_to(self.precision, self.device)
 
