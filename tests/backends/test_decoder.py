@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
-from posttrain_backends._torch.models.decoder import Decoder, Shape
+from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel
+from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.models.user import load_user_model
 from posttrain_backends.torch_native import Torch
 

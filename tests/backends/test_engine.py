@@ -19,8 +19,9 @@ from posttrain.tokenizers import Bytes, Characters
 from posttrain_backends._torch.generate import TorchSampler
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
-from posttrain_backends._torch.models.decoder import Decoder, Shape
+from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import CachedLanguageModel, Precision
+from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends.engines import Batched, StopStrings, uniforms
 from scipy.stats import chisquare
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def decoder(vocab_size: int = TOKENIZER.vocab_size, seed: int = 0, precision: Pr
 
 def sampler(model: Decoder | Uncached, engine: Batched = BATCHED, tokenizer: Tokenizer = TOKENIZER,
             shared: bool = True) -> TorchSampler:
-    started = engine.start(TorchLearner(model, config={}), tokenizer, shared=shared)
+    started = engine.start(TorchLearner(model), tokenizer, shared=shared)
     assert isinstance(started, TorchSampler)
     return started
 
@@ -88,7 +89,7 @@ def test_generated_logprobs_equal_scored_ones(temperature: float, slots: int) ->
     model = decoder()
     started = sampler(model, Batched(slots=slots))
     rollouts = started.rollout(PROMPTS, Sampling(temperature=temperature, max_new_tokens=20), (0,))
-    scored = TorchLearner(model, config={}).score(rollouts, frozenset({Output.LOGPROBS}), temperature)
+    scored = TorchLearner(model).score(rollouts, frozenset({Output.LOGPROBS}), temperature)
     assert len(rollouts.source) > 100
     np.testing.assert_allclose(rollouts.behavior_logprobs, scored.logprobs, rtol=0, atol=1e-4)
     assert rollouts.behavior_logprobs.min() < -2  # a distribution worth comparing
@@ -345,7 +346,7 @@ def test_a_model_without_cache_draws_the_same(slots: int) -> None:
 def test_bfloat16_generates_near_what_it_scores() -> None:
     model = decoder(precision="bf16")
     rollouts = sampler(model).rollout(PROMPTS, Sampling(max_new_tokens=12), (0,))
-    scored = TorchLearner(model, config={}).score(rollouts, frozenset({Output.LOGPROBS}), 1.0)
+    scored = TorchLearner(model).score(rollouts, frozenset({Output.LOGPROBS}), 1.0)
     assert np.abs(rollouts.behavior_logprobs - scored.logprobs).mean() < 0.05
 
 
@@ -354,7 +355,7 @@ def test_bfloat16_generates_near_what_it_scores() -> None:
 
 def test_a_stale_sampler_keeps_its_weights_until_sync() -> None:
     model, sampling = decoder(), Sampling(max_new_tokens=10)
-    learner = TorchLearner(model, config={})
+    learner = TorchLearner(model)
     shared, stale = (Batched().start(learner, TOKENIZER, shared=s) for s in (True, False))
     before = stale.rollout(PROMPTS, sampling, (0,))
     same(before, shared.rollout(PROMPTS, sampling, (0,)), atol=0)
@@ -371,7 +372,7 @@ def test_a_stale_sampler_keeps_its_weights_until_sync() -> None:
 
 def test_sampling_leaves_the_model_trainable() -> None:
     model = decoder()
-    learner = TorchLearner(model, config={}, optimization=Optimization())
+    learner = TorchLearner(model, optimization=Optimization())
     Batched().start(learner, TOKENIZER, shared=True).rollout(PROMPTS[:2], Sampling(max_new_tokens=3), (0,))
     tokens = torch.tensor([2, 3, 4])
     (model.hidden(tokens, Layout.from_offsets(np.array([0, 3]))) @ model.output_weight.t()).sum().backward()

@@ -23,7 +23,8 @@ from posttrain.data import Prompt, Sampling
 from posttrain_backends._torch.generate import TorchSampler
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
-from posttrain_backends._torch.models.decoder import Decoder, Shape
+from posttrain_backends._torch.models.decoder import Decoder
+from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import Batched
 
@@ -78,7 +79,7 @@ class Bench:
 
     def engine(self, model: Decoder) -> dict[str, float]:
         """Seconds per generated token, by case."""
-        learner, plain = TorchLearner(model, config={}), Sampling(max_new_tokens=self.new)
+        learner, plain = TorchLearner(model), Sampling(max_new_tokens=self.new)
         whole = TorchSampler(learner, Ids(), Batched(), shared=True)
         refilled = TorchSampler(learner, Ids(), Batched(slots=ROWS), shared=True)
         shared = self.prompts(4)

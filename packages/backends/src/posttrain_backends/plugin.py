@@ -9,11 +9,16 @@ from posttrain.hookspecs import Component, hookimpl
 
 @hookimpl
 def components() -> Iterable[Component]:
-    """Model backends and rollout engines."""
+    """Model backends, their tokenizers, and rollout engines."""
     return (
         Component("backend", "torch", "posttrain_backends.torch_native:Torch",
                   "native Llama-family transformer or your own torch module, CPU or CUDA",
                   source="Touvron et al. 2023, arXiv 2302.13971"),
+        Component("backend", "hf", "posttrain_backends.hf:HF",
+                  "any causal language model of Hugging Face transformers, also with low-rank adapters",
+                  source="Hu et al. 2021, arXiv 2106.09685 (adapters)"),
+        Component("tokenizer", "hf", "posttrain_backends.hf:HFTokenizer",
+                  "the tokenizer of a model of Hugging Face transformers"),
         Component("engine", "batched", "posttrain_backends.engines:Batched",
                   "own decoding loop on the policy's torch weights, finished rows refilled at once"),
     )

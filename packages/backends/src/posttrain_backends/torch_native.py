@@ -5,7 +5,6 @@ This is the light part: it checks sizes and names; what computes is imported on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +14,9 @@ from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import LoadRequest, Output
 
 if TYPE_CHECKING:
-    import torch
-
     from posttrain_backends._torch.learner import TorchLearner
-    from posttrain_backends._torch.models.decoder import Decoder, Shape
+    from posttrain_backends._torch.models.decoder import Decoder
+    from posttrain_backends._torch.models.shape import Shape
     from posttrain_backends._torch.models.user import UserModel
 
 
@@ -102,9 +100,9 @@ class Torch:
             torch.set_num_threads(request.threads)
         if request.optimization is not None:
             torch.manual_seed(request.seed)  # dropout in a module of the user's draws from torch's own generator
-        model, config = self._user_model(request) if self.file else self._decoder(request)
-        learner = TorchLearner(model, config=config, optimization=request.optimization,
-                               value_heads=request.value_heads, head_rows=self.head_chunk, comm=request.comm)
+        model = self._user_model(request) if self.file else self._decoder(request)
+        learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
+                               head_rows=self.head_chunk, comm=request.comm)
         if self.weights:
             folder = Path(self.weights)
             files.copy_named(files.read_weights(folder).items(), model.state_dict(), f"policy.weights {folder}")
@@ -113,28 +111,26 @@ class Torch:
                 files.copy_named(found.items(), learner.value_head.state_dict(), f"the value head in {folder}")
         return learner
 
-    def _decoder(self, request: LoadRequest) -> tuple[Decoder, Mapping[str, object]]:
+    def _decoder(self, request: LoadRequest) -> Decoder:
+        from posttrain_backends._torch.device import device_of
         from posttrain_backends._torch.models.decoder import Decoder
-        from posttrain_backends._torch.models.files import llama_config
 
-        shape = self._shape(request.vocab_size)
-        model = Decoder(shape, seed=request.seed, device=self._device(), precision=self.precision,
-                        gradient_checkpointing=self.gradient_checkpointing)
-        return model, llama_config(shape)
+        return Decoder(
+            self._shape(request.vocab_size), seed=request.seed, device=device_of(self.device, self.precision),
+            precision=self.precision, gradient_checkpointing=self.gradient_checkpointing)
 
-    def _user_model(self, request: LoadRequest) -> tuple[UserModel, Mapping[str, object]]:
+    def _user_model(self, request: LoadRequest) -> UserModel:
+        from posttrain_backends._torch.device import device_of
         from posttrain_backends._torch.models.user import load_user_model
 
         if not request.vocab_size:
             raise ConfigError(["policy.file needs a tokenizer with a vocabulary, to build its embedding"])
-        model = load_user_model(self.file, request.vocab_size, seed=request.seed, precision=self.precision,
-                                device=self._device())
-        return model, {"model_type": "user", "file": self.file, "vocab_size": request.vocab_size}
+        return load_user_model(self.file, request.vocab_size, seed=request.seed, precision=self.precision,
+                               device=device_of(self.device, self.precision))
 
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes of the decoder, from the folder of weights where there is one."""
-        from posttrain_backends._torch.models.decoder import Shape
-        from posttrain_backends._torch.models.files import read_shape
+        from posttrain_backends._torch.models.shape import Shape, read_shape
 
         if self.weights:
             shape = read_shape(Path(self.weights))
@@ -152,16 +148,3 @@ class Torch:
             num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             head_dim=self.hidden_size // self.heads, max_position_embeddings=self.max_positions,
             rope_theta=self.rope_theta, tie_word_embeddings=self.tied_embeddings)
-
-    def _device(self) -> torch.device:
-        import torch
-
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(["policy.device is 'cuda', and torch finds no CUDA device"],
-                              next_step="Set policy.device=auto or cpu, or install a torch build with CUDA.")
-        name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-        if self.precision == "bf16" and name == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ConfigError(["policy.precision is 'bf16', which this CUDA device does not compute"],
-                              next_step="Set policy.precision=float32.")
-        return device

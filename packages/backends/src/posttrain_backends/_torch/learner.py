@@ -59,15 +59,15 @@ class _Actions:
 class TorchLearner:
     """See `posttrain.protocols.Learner`. Without `optimization` it scores only and holds no gradients and no moments.
 
-    `config` is what `save` writes as `config.json`; `head_rows` are the rows of one chunk of logits, 0 for as many as
-    suit the device; gradients are summed over the ranks of `comm`, whose learners hold equal weights.
+    `head_rows` are the rows of one chunk of logits, 0 for as many as suit the device; gradients are summed over the
+    ranks of `comm`, whose learners hold equal weights.
     """
 
-    def __init__(self, model: LanguageModel, *, config: Mapping[str, object], optimization: Optimization | None = None,
-                 value_heads: int = 0, head_rows: int = 0, comm: Comm = SingleProcess()) -> None:
+    def __init__(self, model: LanguageModel, *, optimization: Optimization | None = None, value_heads: int = 0,
+                 head_rows: int = 0, comm: Comm = SingleProcess()) -> None:
         weight = model.output_weight
         self.model, self.device, self._dtype = model, weight.device, weight.dtype
-        self._config, self._head_rows, self._version = config, head_rows, 0
+        self._head_rows, self._version = head_rows, 0
         self.value_head = _value_head(value_heads, weight) if value_heads else None
         self._parameters = {n: p for n, p in self._named_parameters() if p.requires_grad} if optimization else {}
         if not optimization:
@@ -316,9 +316,10 @@ class TorchLearner:
             yield from self._optimizer.arrays()
 
     def save(self, directory: Path) -> None:
-        """Write `model.safetensors`, `config.json` and, where there is one, `value_head.safetensors`."""
-        files.write(Path(directory), self._config, self.model.state_dict(),
-                    self.value_head.state_dict() if self.value_head is not None else {})
+        """Write the model's folder and, where there is one, `value_head.safetensors`."""
+        self.model.save(Path(directory))
+        if self.value_head is not None:
+            files.write_value_head(Path(directory), self.value_head.state_dict())
 
 
 def _value_head(outputs: int, weight: Tensor) -> nn.Linear:

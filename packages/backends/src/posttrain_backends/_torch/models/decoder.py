@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast, final
 
 import torch
@@ -18,29 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.files import write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.models.lean import Norm, swiglu
+from posttrain_backends._torch.models.shape import Shape, llama_config
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin of each token, [M, 1, D]; sin is negative in the first half, the sign of the rotation."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a decoder, under the names of Hugging Face's `LlamaConfig`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
 
 
 class Attention(nn.Module):
@@ -167,6 +152,10 @@ class Decoder(nn.Module):
                 else:
                     x, _, _ = layer(x, rope, layout)
             return cast(Tensor, self.model.norm(x))
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face Llama folder."""
+        write_model(folder, llama_config(self.shape), self.state_dict())
 
     def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """[M] -> hidden [M, H], and the keys and values of each layer, [M, kv_heads, D]."""

@@ -1,4 +1,4 @@
-"""Model folders: safetensors under Hugging Face names, and `config.json`. Knows no learner.
+"""Model folders: safetensors under Hugging Face names, and `config.json`. Knows no model and no learner.
 
 A folder of the native decoder is a Hugging Face Llama folder and the other way round. Nothing is unpickled.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -15,41 +14,7 @@ from posttrain.errors import ConfigError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain_backends._torch.models.decoder import Shape
-
 CONFIG, WEIGHTS, VALUE_HEAD = "config.json", "model.safetensors", "value_head.safetensors"
-_REFUSED: Mapping[str, tuple[object, ...]] = {
-    "rope_scaling": (None,), "attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")}
-"""Keys of a Llama config that change the model, and the values the native decoder computes."""
-
-
-def llama_config(shape: Shape) -> dict[str, object]:
-    """The `config.json` of a native decoder."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "torch_dtype": "float32", **asdict(shape)}
-
-
-def read_shape(folder: Path) -> Shape:
-    """The sizes in a folder's `config.json`; raises `ConfigError` where the native decoder is another model."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ConfigError([f"{folder} holds no {CONFIG}"],
-                          next_step="policy.weights names a folder written by a run, or a Hugging Face Llama folder.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}  # where newer transformers write rope_theta and rope_scaling
-    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
-    problems = [f"{key} is {config[key]!r}" for key, allowed in _REFUSED.items() if config.get(key) not in allowed]
-    if config.get("model_type") != "llama":
-        problems.insert(0, f"model_type is {config.get('model_type')!r}, the native decoder is 'llama'")
-    if problems:
-        raise ConfigError(problems, title=f"{path} describes a model the torch backend does not compute:",
-                          next_step="Use policy: {use: hf, model: ...} for it.")
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    if config.get("head_dim") is None:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    return Shape(**{f.name: config[f.name] for f in fields(Shape) if f.name in config})
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -66,14 +31,16 @@ def read_value_head(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).is_file() else {}
 
 
-def write(folder: Path, config: Mapping[str, object], weights: Mapping[str, Tensor],
-          value_head: Mapping[str, Tensor]) -> None:
+def write_model(folder: Path, config: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
     """Write a folder that `weights:` of a config can load again."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(_plain(weights), folder / WEIGHTS, metadata={"format": "pt"})
-    if value_head:
-        save_file(_plain(value_head), folder / VALUE_HEAD, metadata={"format": "pt"})
+
+
+def write_value_head(folder: Path, value_head: Mapping[str, Tensor]) -> None:
+    """Write `weight` and `bias` beside a model."""
+    save_file(_plain(value_head), folder / VALUE_HEAD, metadata={"format": "pt"})
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

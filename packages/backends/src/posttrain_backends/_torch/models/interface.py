@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
@@ -82,6 +83,9 @@ class LanguageModel(Protocol):
         ...
 
     def requires_grad_(self, requires_grad: bool = True, /) -> LanguageModel: ...
+    def save(self, folder: Path) -> None:
+        """Write what the model can be loaded from: safetensors and `config.json`."""
+        ...
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ from posttrain.registry import import_file
 from torch import Tensor, nn
 
 from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.files import write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, Precision, autocast_to
 
 CONTRACT = ("build(vocab_size) returns a torch.nn.Module with forward(tokens[S, T], positions[S, T]) -> "
@@ -28,7 +29,8 @@ CONTRACT = ("build(vocab_size) returns a torch.nn.Module with forward(tokens[S, 
 class UserModel:
     """Gives a user's module the interface of `LanguageModel`; it has no cache, so engines compute anew."""
 
-    def __init__(self, module: nn.Module, precision: Precision, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, file: str, precision: Precision, device: torch.device) -> None:
+        self.file = file
         self.module = module.to(device=device, dtype=PARAMETER_DTYPE[precision])
         self.precision, self.device = precision, device
 
@@ -70,6 +72,11 @@ class UserModel:
         self.module.requires_grad_(requires_grad)
         return self
 
+    def save(self, folder: Path) -> None:
+        """Write the weights, and the name of the file that builds the module."""
+        config = {"model_type": "user", "file": self.file, "vocab_size": len(self.output_weight)}
+        write_model(folder, config, self.state_dict())
+
 
 def load_user_model(file: str, vocab_size: int, *, seed: int, precision: Precision, device: torch.device) -> UserModel:
     """The module that `path.py:name` builds, probed; raises `ConfigError` where it does not fit."""
@@ -86,7 +93,7 @@ def load_user_model(file: str, vocab_size: int, *, seed: int, precision: Precisi
     if (biased := "bias" in head.state_dict()) or head.out_features != vocab_size:
         raise _misfit(file, f"made an lm_head of {head.out_features} tokens{' with a bias' * biased}, expected "
                             f"{vocab_size} without a bias")
-    model = UserModel(module, precision, device)
+    model = UserModel(module, file, precision, device)
     _probe(model, file, vocab_size, head.in_features)
     return model
 

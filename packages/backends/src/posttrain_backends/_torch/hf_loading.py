@@ -1,0 +1,124 @@
+"""From the backend `hf`'s configuration to a learner: read, unpack, adapt, prove, put on the device."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from posttrain.errors import ConfigError
+from posttrain.protocols import LoadRequest
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from posttrain_backends._torch.device import device_of
+from posttrain_backends._torch.learner import TorchLearner
+from posttrain_backends._torch.models import files
+from posttrain_backends._torch.models.hf import HFModel, adapted, cached_or_not, packing_error, require_plain_head
+from posttrain_backends.hf import source_of, unreachable
+
+if TYPE_CHECKING:
+    from posttrain_backends.hf import HF, Lora
+
+PACKING_TOLERANCE = 1e-4
+"""Relative to the largest hidden state: a leak between sequences is far larger."""
+
+
+def load(spec: HF, request: LoadRequest) -> TorchLearner:
+    """See `HF.load`."""
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    device = device_of(spec.device, spec.precision)
+    causal = read(spec).to(device)
+    if spec.adapter is not None:
+        add_adapter(causal, spec.adapter, request.seed)
+    model = cached_or_not(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing)
+    require_plain_head(model)
+    require_rows(model, request.vocab_size)
+    model.packed = packs(spec, model)
+    learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
+                           head_rows=spec.head_chunk, comm=request.comm)
+    found = files.read_value_head(Path(spec.weights)) if spec.weights else {}
+    if found and learner.value_head is not None:
+        files.copy_named(found.items(), learner.value_head.state_dict(), f"the value head in {spec.weights}")
+    return learner
+
+
+def read(spec: HF) -> PreTrainedModel:
+    """The module in float32, without dropout, on the host."""
+    name, arguments = source_of(spec.weights, spec.model, spec.revision)
+    attention = None if spec.attention == "auto" else spec.attention
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True if "gguf_file" not in arguments else None, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise unreachable(spec.weights or spec.model, error) from error
+    if spec.weights.endswith(".gguf"):
+        causal = unpacked(causal)
+    without_dropout(causal)
+    return causal.eval()
+
+
+def without_dropout(causal: PreTrainedModel) -> None:
+    """Set every dropout rate to 0: the ratio to the sampler's log-probs would be noise."""
+    for module in causal.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in [n for n, value in vars(module).items() if "dropout" in n and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+
+
+def unpacked(causal: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a module that knows nothing of GGUF: the one that was read refuses to be saved."""
+    settings = causal.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = AutoConfig.for_model(**settings)
+    plain: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=causal.config._attn_implementation)
+    files.copy_named(causal.state_dict().items(), plain.state_dict(), "the GGUF file")
+    plain.generation_config = causal.generation_config
+    return plain
+
+
+def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int) -> None:
+    """Low-rank layers in the module, A drawn from `seed` and B zero: the first policy is the model itself."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets,
+                        task_type="CAUSAL_LM", bias="none")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of experts, which are refused below, and of a flag it then sets by itself
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, causal)
+        except ValueError as error:
+            linear = sorted({name.rpartition(".")[2] for name, module in causal.named_modules()
+                             if isinstance(module, torch.nn.Linear)})
+            raise ConfigError([f"policy.adapter.targets: {str(error).splitlines()[0]}; linear layers of this model are "
+                               f"{', '.join(linear)}"]) from error
+    odd = [name for name, module in adapted(causal).items() if not hasattr(module, "weight")]
+    if odd:
+        raise ConfigError([f"policy.adapter: {odd[0]} holds several matrices in one (experts); adapters on them are "
+                           "not supported yet: name other layers in policy.adapter.targets"])
+
+
+def require_rows(model: HFModel, vocab_size: int) -> None:
+    """Raise `ConfigError` where the tokenizer has ids for which the model has no embedding."""
+    rows = len(model.output_weight)
+    if vocab_size > rows:
+        raise ConfigError(
+            [f"the tokenizer has {vocab_size} tokens, the model {rows} embeddings"],
+            next_step="Take the tokenizer the weights were trained with (tokenizer: {use: hf, weights: ...}).")
+
+
+def packs(spec: HF, model: HFModel) -> bool:
+    """Whether sequences are packed; see `HF.packing`."""
+    if spec.packing == "never" or (spec.packing == "auto" and not spec.attention.startswith("flash")):
+        return False
+    error = packing_error(model)
+    if error > PACKING_TOLERANCE and spec.packing == "always":
+        raise ConfigError([f"policy.packing: packed sequences of {type(model.causal).__name__} are not kept apart "
+                           f"(hidden states differ by {error:.1e} of the largest); set packing: never"])
+    return error <= PACKING_TOLERANCE

@@ -1,0 +1,332 @@
+"""A causal language model of Hugging Face transformers with the interface of `LanguageModel`. Knows no learner.
+
+The library's own module computes hidden states; the output matrix is applied by the learner in chunks, so the module's
+logits never exist. Sequences are padded on the right, block by block, which no causal model sees; where the load-time
+probe proves that the module keeps packed sequences apart, they may be packed in one row instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from posttrain.errors import ConfigError
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
+
+log = logging.getLogger(__name__)
+
+DECODING = frozenset({"sdpa", "eager"})
+"""Attention that takes the mask of decoding; another one is changed to the first of these while tokens are drawn."""
+_LARGE_LOGIT = 1e3
+"""Far above every soft cap."""
+_TOLERANCE = 1e-4
+"""Of the probes, in float32 and relative to the largest hidden state."""
+
+
+class HFModel:
+    """A module without a cache that we can write: engines compute pasts anew.
+
+    `causal` is the whole `AutoModelForCausalLM`; its trunk and its output matrix are used apart from each other.
+    """
+
+    def __init__(self, causal: PreTrainedModel, precision: Precision, *, packed: bool = False,
+                 gradient_checkpointing: bool = False) -> None:
+        self.causal, self.precision, self.packed = causal, precision, packed
+        self.trunk: nn.Module = causal.base_model
+        self._takes_positions = "position_ids" in _parameters(self.trunk)
+        self._trains_in_train_mode = gradient_checkpointing
+        self.device = self.output_weight.device
+        if gradient_checkpointing:
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def output_weight(self) -> Tensor:
+        weight: Tensor = self.causal.get_output_embeddings().weight
+        return weight
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPE[self.precision]
+
+    @property
+    def max_positions(self) -> int | None:
+        limit = getattr(self.causal.config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """No: the module sees whole rows."""
+        return False
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast_to(self.precision, self.device)
+
+    def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """[M] token ids -> [M, H]."""
+        with self.autocast(), self._mode():
+            if self.packed and len(tokens):
+                return self._run(tokens[None], layout.positions[None]).last_hidden_state[0]  # type: ignore[no-any-return]
+            parts = [block.unpad(self._run(block.pad(tokens)).last_hidden_state) for block in layout.blocks]
+        return self._in_order(parts, layout)
+
+    def _run(self, tokens: Tensor, positions: Tensor | None = None, **named: Any) -> Any:
+        """The trunk on [rows, columns] ids; positions count from 0 in every row where none are given."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        given = {"position_ids": positions} if self._takes_positions else {}
+        return self.trunk(input_ids=tokens, **given, **{"use_cache": False, **named})
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        """Gradient checkpointing works in train mode only; dropout is 0 in it, as `load` sees to."""
+        if self._trains_in_train_mode:
+            self.causal.train(torch.is_grad_enabled())
+        yield
+
+    def _in_order(self, parts: Sequence[Tensor], layout: Layout) -> Tensor:
+        if not parts:
+            return self.output_weight.new_zeros(0, self.output_weight.shape[1])
+        return parts[0] if layout.inverse is None else torch.cat(list(parts)).index_select(0, layout.inverse)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.causal.named_parameters()
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """By the names of the module, each storage once (tied weights have one name); with an adapter, what it adds."""
+        names = self.causal.state_dict()
+        adapter = {name: tensor for name, tensor in names.items() if ADAPTER in name}
+        return adapter or _without_ties(names)
+
+    def requires_grad_(self, requires_grad: bool = True, /) -> HFModel:
+        self.causal.requires_grad_(requires_grad)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `from_pretrained` loads; an adapter is merged into the weights it changes."""
+        self.causal.save_pretrained(folder, state_dict=merged(self.causal))
+
+
+@final
+class CachedHFModel(HFModel):
+    """A module whose every layer keeps keys and values of all tokens, so that it can continue from our own cache."""
+
+    def __init__(self, causal: PreTrainedModel, precision: Precision, *, packed: bool = False,
+                 gradient_checkpointing: bool = False) -> None:
+        super().__init__(causal, precision, packed=packed, gradient_checkpointing=gradient_checkpointing)
+        with torch.no_grad():
+            tokens = torch.zeros(1, dtype=torch.long, device=self.device)
+            _, keys, values = self.prefill(tokens, Layout.from_offsets([0, 1], self.device))
+        self._sizes = [(k.shape[1], k.shape[2], v.shape[2]) for k, v in zip(keys, values, strict=True)]
+
+    def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """[M] -> hidden [M, H], and per layer keys and values, each [M, kv_heads, D]."""
+        hidden: list[Tensor] = []
+        layers: list[list[tuple[Tensor, Tensor]]] = []
+        with self.autocast(), self._mode():
+            for block in layout.blocks:
+                cache = DynamicCache()
+                out = self._run(block.pad(tokens), past_key_values=cache, use_cache=True)
+                hidden.append(block.unpad(out.last_hidden_state))
+                layers.append([(block.unpad(c.keys.transpose(1, 2)), block.unpad(c.values.transpose(1, 2)))
+                               for c in cache.layers])
+        columns = [[self._in_order([pair[i] for pair in layer], layout) for layer in zip(*layers)] for i in (0, 1)]
+        return self._in_order(hidden, layout), columns[0], columns[1]
+
+    def new_cache(self, rows: int, columns: int) -> KVCache:
+        def zeros(width: int) -> list[Tensor]:  # not empty: what a masked cell holds must be finite
+            return [torch.zeros(rows, size[0], columns, size[width], dtype=self.compute_dtype, device=self.device)
+                    for size in self._sizes]
+        return KVCache(zeros(1), zeros(2))
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
+        """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
+        used = slice(None) if rows is None else rows
+        columns = int(positions.max()) + 1
+        place = torch.arange(len(positions), device=positions.device)
+        beyond = torch.arange(columns, device=positions.device) > positions[:, None]
+        mask = torch.zeros(beyond.shape, dtype=self.compute_dtype, device=self.device)
+        mask.masked_fill_(beyond, torch.finfo(mask.dtype).min)
+        layers = [_Row(k[used], v[used], place, positions, columns)
+                  for k, v in zip(cache.keys, cache.values, strict=True)]
+        with self.autocast(), self._mode(), self._masked_attention():
+            out = self._run(tokens[:, None], positions[:, None], attention_mask=mask[:, None, None, :],
+                            past_key_values=Cache(layers=layers), use_cache=True)
+        return out.last_hidden_state[:, 0]  # type: ignore[no-any-return]  # the library's modules are untyped here
+
+    @contextmanager
+    def _masked_attention(self) -> Iterator[None]:
+        """Attention that takes our mask."""
+        config, chosen = self.causal.config, self.causal.config._attn_implementation
+        if chosen in DECODING:
+            yield
+            return
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = chosen
+
+
+class _Row(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed here
+    """One layer of our cache, for one step: takes the new keys and values at each row's own position."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, columns: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self._rows, self._positions, self._columns = rows, positions, columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """[B, kv_heads, 1, D] -> all keys and values up to the farthest row's, [B, kv_heads, columns, D]."""
+        for cells, new in ((self.keys, key_states), (self.values, value_states)):
+            cells[self._rows, :, self._positions] = new[:, :, 0].to(cells.dtype)
+        return self.keys[:, :, :self._columns], self.values[:, :, :self._columns]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._columns, 0
+
+    def get_seq_length(self) -> int:
+        return self._columns - 1
+
+    def get_max_length(self) -> int:
+        return int(self.keys.shape[2])
+
+
+ADAPTER = ".lora_"
+"""In the names of the weights that an adapter adds."""
+_WRAPPED = ".base_layer."
+"""In the names of the weights that an adapter changes."""
+
+
+def merged(causal: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights by the names of the module without its adapter, the adapter's product added; a copy where it is."""
+    weights = {name.replace(_WRAPPED, "."): tensor for name, tensor in causal.state_dict().items()
+               if ADAPTER not in name}
+    for name, module in adapted(causal).items():
+        weight = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)
+    return weights
+
+
+def adapted(causal: nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, by name."""
+    return {name: module for name, module in causal.named_modules()
+            if f"{ADAPTER[1:]}A" in dict(module.named_children())}
+
+
+def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each storage under the first of its names."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    return {name: t for name, t in tensors.items()
+            if first.setdefault((t.data_ptr(), tuple(t.shape)), name) == name}
+
+
+def _parameters(module: nn.Module) -> frozenset[str]:
+    """Names that the module's `forward` takes."""
+    import inspect
+
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
+# ---- what is proved before a model is used
+
+
+def cached_or_not(causal: PreTrainedModel, precision: Precision, *, gradient_checkpointing: bool) -> HFModel:
+    """The model with a cache where drawing with it is proved equal to reading whole sequences, else without."""
+    plain = HFModel(causal, precision, gradient_checkpointing=gradient_checkpointing)
+    if not _attends_to_all(causal.config):
+        reason = "its layers do not attend to all tokens"
+    else:
+        try:
+            cached = CachedHFModel(causal, precision, gradient_checkpointing=gradient_checkpointing)
+            error = cache_error(cached)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as raised:
+            reason = f"{type(raised).__name__}: {raised}"
+        else:
+            if error <= _TOLERANCE:
+                return cached
+            reason = f"hidden states differ by {error:.1e} of the largest"
+    log.warning("%s is drawn from without a cache of keys and values, which is slow: %s",
+                type(causal).__name__, reason)
+    return plain
+
+
+def _attends_to_all(config: Any) -> bool:
+    """Whether every layer is full attention; a window would be lost in our mask."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return kinds == {"full_attention"} and window is None
+
+
+@torch.no_grad()
+def cache_error(model: CachedHFModel) -> float:
+    """Largest difference between hidden states of tokens read one by one and all together, relative to the largest."""
+    tokens, layout = _probe_tokens(model, [5, 3])
+    with _exactly(model):
+        whole = model.hidden(tokens, layout)
+        cache = model.new_cache(2, 6)
+        _, keys, values = model.prefill(tokens[[0, 1, 5]], Layout.from_offsets([0, 2, 3], model.device))
+        cache.write(torch.tensor([0, 0, 1], device=model.device), torch.tensor([0, 1, 0], device=model.device),
+                    keys, values)
+        steps = [model.decode(tokens[[2 + i, 6 + i]], torch.tensor([2 + i, 1 + i], device=model.device), cache)
+                 for i in range(2)]
+    expected = whole[[2, 6, 3, 7]]
+    return float((torch.cat(steps) - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+def packing_error(model: HFModel) -> float:
+    """Largest difference between hidden states of two sequences in one row and each on its own, relative."""
+    tokens, layout = _probe_tokens(model, [5, 3])
+    with _exactly(model):
+        together = model._run(tokens[None], layout.positions[None]).last_hidden_state[0]
+        apart = torch.cat([model._run(part[None]).last_hidden_state[0] for part in torch.split(tokens, [5, 3])])
+    return float((together - apart).abs().max() / apart.abs().max())
+
+
+@torch.no_grad()
+def require_plain_head(model: HFModel) -> None:
+    """Raise `ConfigError` where the module's logits are not its hidden states times its output matrix (a bias, a scale,
+    a soft cap): the learner would compute others. The product is made large for it, as caps leave small logits alone.
+    """
+    tokens, _ = _probe_tokens(model, [5])
+    with _exactly(model):
+        own = model._run(tokens[None]).last_hidden_state[0] @ model.output_weight.t()
+        factor = _LARGE_LOGIT / float(own.abs().max())
+        enlarged = model.causal.get_output_embeddings().register_forward_hook(lambda _, given, out: out * factor)
+        try:
+            logits = model.causal(input_ids=tokens[None], use_cache=False).logits[0] / factor
+        finally:
+            enlarged.remove()
+    if (error := float((logits - own).abs().max() / own.abs().max())) > _TOLERANCE:
+        raise ConfigError([f"the logits of {type(model.causal).__name__} are not its hidden states times its output "
+                           f"matrix (they differ by {error:.1e} of the largest); a bias, scale or soft cap on logits "
+                           "is not supported yet"])
+
+
+def _probe_tokens(model: HFModel, lengths: Sequence[int]) -> tuple[Tensor, Layout]:
+    V, M = len(model.output_weight), sum(lengths)
+    tokens = (torch.arange(1, M + 1, device=model.device) * 7919) % V
+    offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    return tokens, Layout.from_offsets(offsets, model.device)
+
+
+@contextmanager
+def _exactly(model: HFModel) -> Iterator[None]:
+    """Probes compare in the parameters' own type."""
+    precision, model.precision = model.precision, "float32"
+    try:
+        yield
+    finally:
+        model.precision = precision

@@ -1,0 +1,171 @@
+"""The backend `hf`: any `AutoModelForCausalLM` of Hugging Face transformers, and the tokenizer that belongs to it.
+
+This is the light part: it checks names and values; what computes is imported on load.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, final
+
+from posttrain.errors import ConfigError, PluginError
+from posttrain.protocols import LoadRequest, Output, Tokenizer
+
+if TYPE_CHECKING:
+    from posttrain_backends._torch.learner import TorchLearner
+
+Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+NEEDS: Mapping[str, tuple[str, str]] = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attention_3": ("flash_attn_interface", "build it from the hopper folder of flash-attention's sources"),
+}
+"""Attention -> the module it needs, and how to get it."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adapters on the linear layers (Hu et al. 2021, arXiv 2106.09685); only they are trained and saved."""
+
+    use: Literal["lora"] = "lora"
+    """The kind of adapter."""
+    rank: int = 16
+    """Columns of A and rows of B."""
+    alpha: float = 32.0
+    """The product B A is scaled by alpha / rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of the layers that get one (`[q_proj, v_proj]`), or all linear layers but the output matrix."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HF:
+    """A causal language model of transformers, trained by the same learner as the native one.
+
+    >>> HF()
+    Traceback (most recent call last):
+    ValueError: give weights (a local folder or a .gguf file) or model (a name on the hub, with its revision)
+    """
+
+    weights: str = field(default="", metadata={"path": True})
+    """A folder with `config.json` and safetensors, or a GGUF file, whose weights are unpacked to float32."""
+    model: str = ""
+    """Name of a repository on the hub; needs `revision`."""
+    revision: str = ""
+    """Commit of that repository, 40 hexadecimal digits: branches and tags can move."""
+    adapter: Lora | None = None
+    """`{use: lora, rank: 16}` trains low-rank adapters and leaves the weights alone; null trains all weights."""
+    attention: Attention = "auto"
+    """`auto` is torch's scaled dot-product attention."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Sequences in one row, kept apart by positions: `auto` where attention is made for it (flash) and a probe at load
+    proves it exact, `always` everywhere (refused where the probe fails), `never` pads."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """`bf16` multiplies matrices in bfloat16 and keeps weights, gradients and moments in float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
+    head_chunk: int = 0
+    """Rows of logits that exist at a time; 0 chooses by device and vocabulary."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. The run's configuration records it."""
+
+    def __post_init__(self) -> None:
+        _require_source(self.weights, self.model, self.revision)
+        if self.head_chunk < 0:
+            raise ValueError(f"head_chunk must not be negative, got {self.head_chunk}")
+        if self.attention == "flex_attention" and self.device == "cpu":
+            raise ValueError("attention flex_attention has no backward pass on a CPU; take sdpa")
+
+    @property
+    def framework(self) -> str:
+        return "torch"
+
+    @property
+    def provides(self) -> frozenset[Output]:
+        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES})
+
+    def load(self, request: LoadRequest) -> TorchLearner:
+        """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
+        _require("torch", "transformers", *(["peft"] if self.adapter else []),
+                 *(["gguf"] if self.weights.endswith(".gguf") else []))
+        if self.attention in NEEDS and find_spec(NEEDS[self.attention][0]) is None:
+            module, remedy = NEEDS[self.attention]
+            raise PluginError([f"policy.attention {self.attention!r} needs {module}, which is not installed: {remedy}"])
+        from posttrain_backends._torch.hf_loading import load
+
+        return load(self, request)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HFTokenizer:
+    """The tokenizer of a model of transformers, with the ids of its special tokens made certain."""
+
+    weights: str = field(default="", metadata={"path": True})
+    """A folder with tokenizer files, or a GGUF file."""
+    model: str = ""
+    """Name of a repository on the hub; needs `revision`."""
+    revision: str = ""
+    """Commit of that repository, 40 hexadecimal digits."""
+    eos: str = ""
+    """Token that ends an answer; empty: the one the files name. What they name differs between versions of
+    transformers for some models, so a run that must be repeated says it."""
+    pad: str = ""
+    """Empty: the files' own, else the eos token."""
+    bos: str = ""
+    """Token in front of text prompts; empty: the one the tokenizer itself puts in front, if it does."""
+    chat_template: str = ""
+    """Chat template (Jinja); empty: the files' own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the tokenizer."""
+
+    def __post_init__(self) -> None:
+        _require_source(self.weights, self.model, self.revision)
+
+    def load(self) -> Tokenizer:
+        """Raises `ConfigError` where a special token is not in the vocabulary, `PluginError` without transformers."""
+        _require("transformers", *(["gguf"] if self.weights.endswith(".gguf") else []))
+        from posttrain_backends._torch.hf_tokenizer import load
+
+        return load(self)
+
+
+def source_of(weights: str, model: str, revision: str) -> tuple[str, dict[str, str | bool]]:
+    """What `from_pretrained` is given: a folder or a name, and named arguments."""
+    if weights.endswith(".gguf"):
+        return str(Path(weights).parent), {"gguf_file": Path(weights).name, "local_files_only": True}
+    return (weights, {"local_files_only": True}) if weights else (model, {"revision": revision})
+
+
+def _require_source(weights: str, model: str, revision: str) -> None:
+    if bool(weights) == bool(model):
+        raise ValueError("give weights (a local folder or a .gguf file) or model (a name on the hub, with its "
+                         "revision)")
+    if model and not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ValueError(f"revision of {model} must be a commit of 40 hexadecimal digits, got {revision!r}: branches "
+                         "and tags can move; the hub shows it beside the files")
+
+
+def _require(*modules: str) -> None:
+    if missing := [name for name in modules if find_spec(name) is None]:
+        extra = {"peft": "lora", "gguf": "gguf"}.get(missing[0], "hf")
+        raise PluginError([f"backend 'hf' needs {' and '.join(missing)}, which is not installed: "
+                           f"pip install 'posttrain-backends[{extra}]'"])
+
+
+def unreachable(model: str, error: Exception) -> ConfigError:
+    """A repository or folder that transformers could not read."""
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError([f"{model} cannot be loaded: {reason}"],
+                       next_step="Check the name and the revision; without a network, download the folder elsewhere "
+                                 "and give it as weights.")
