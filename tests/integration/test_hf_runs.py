@@ -1,0 +1,91 @@
+"""Whole runs of the backend `hf`: trained, resumed bit for bit, and left as a folder that loads anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+transformers = pytest.importorskip("transformers")
+
+import posttrain  # noqa: E402  # after the check that the library is there
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny tied Llama and a tokenizer of characters with a chat template, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("base")
+    characters = "0123456789+="
+    ids = {"<eos>": 0, **{c: i for i, c in enumerate(characters, 1)}}
+    library = Tokenizer(models.WordLevel(ids, unk_token="<eos>"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}="
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True)).save_pretrained(folder)
+    return folder
+
+
+def digits(completions, **columns):
+    """Fraction of digits among the characters."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+def settings(base: Path, run: Path, **policy) -> dict:
+    rows = [{"messages": [{"role": "user", "content": f"{a}+{b}"}], "answer": str(a + b)}
+            for a in (1, 2) for b in (3, 4)]
+    return {
+        "recipe": "grpo", "steps": 4, "run": str(run), "threads": 1, "seed": 3, "optimizer": {"lr": 0.01},
+        "policy": {"use": "hf", "weights": str(base), "device": "cpu", **policy},
+        "tokenizer": {"use": "hf", "weights": str(base)}, "task": {"use": "rows", "rows": rows},
+        "rewards": {"digits": digits}, "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 6},
+        "checkpoint": {"every": 2, "keep": 5}, "trackers": {"console": None, "jsonl": None},
+    }
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "timing"} for row in rows]
+
+
+@pytest.mark.parametrize("adapter", [None, {"use": "lora", "rank": 4}], ids=["all weights", "lora"])
+def test_a_run_trains_resumes_bit_for_bit_and_leaves_a_folder_that_loads_anywhere(adapter, base, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    posttrain.train(settings(base, whole, adapter=adapter), output="quiet")
+    posttrain.train({**settings(base, cut, adapter=adapter), "steps": 2}, output="quiet")
+    posttrain.resume(cut, ["steps=4"], output="quiet")
+    assert metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
+    folders = [transformers.AutoModelForCausalLM.from_pretrained(run / "policy") for run in (whole, cut)]
+    for a, b in zip(*(m.state_dict().values() for m in folders), strict=True):
+        assert torch.equal(a, b)
+    before = transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
+    changed = {n for n, t in folders[0].state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == ({n for n in before if "_proj" in n} if adapter else set(before))
+
+
+def test_an_adapter_makes_small_checkpoints(base, tmp_path):
+    sizes = {}
+    for name, adapter in (("all", None), ("lora", {"use": "lora", "rank": 1, "targets": ["q_proj"]})):
+        posttrain.train({**settings(base, tmp_path / name, adapter=adapter), "steps": 2}, output="quiet")
+        files = (tmp_path / name / "checkpoints").rglob("*.safetensors")
+        sizes[name] = sum(path.stat().st_size for path in files)
+    assert sizes["lora"] < sizes["all"] / 5
+
+
+def test_the_policy_s_log_probs_are_those_of_the_sampler(base, tmp_path):
+    posttrain.train({**settings(base, tmp_path / "run"), "update": {"epochs": 2}}, output="quiet")
+    gaps = [row["sampler/gap_max"] for row in metrics(tmp_path / "run")]
+    assert np.max(gaps) < 1e-4
