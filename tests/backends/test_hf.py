@@ -58,8 +58,8 @@ def folder(tmp_path_factory):
     return make
 
 
-def load(path: Path, request: LoadRequest = LoadRequest(V), **fields):
-    return HF(weights=str(path), device="cpu", **fields).load(request)
+def load(path: Path, request: LoadRequest | None = None, **fields):
+    return HF(weights=str(path), device="cpu", **fields).load(request or LoadRequest(V))
 
 
 def plain(path: Path):
@@ -172,8 +172,9 @@ def accumulated(learner, given: Rollouts, parts) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["llama, tied", "gpt2", "experts"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_do_not_depend_on_the_split_and_equal_the_library_s(name, checkpointing, folder):
-    given = rollouts()
+    given = rollouts(prompt=12)
     learner = load(folder(name), LoadRequest(V, optimization=Optimization()), gradient_checkpointing=checkpointing)
+    assert learner.model.shares_prompts
     whole = accumulated(learner, given, [[0, 1, 2, 3]])
     split = accumulated(learner, given, [[0], [3, 1], [2]])
     causal = plain(folder(name))
@@ -239,6 +240,28 @@ def accumulate_and_step(learner) -> None:
     step = StepData(given, keep, Weights(weight=np.ones(len(keep))))
     learner.accumulate(cut(step, np.arange(4)), Likelihood(), {})
     learner.apply()
+
+
+TREES = ("llama", "llama, tied", "qwen3", "gpt2", "experts")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_are_computed_once_where_that_is_proved_exact(name, folder):
+    learner, given = load(folder(name)), rollouts(prompt=20, answers=(3, 2, 1, 4))
+    assert learner.model.shares_prompts == (name in TREES)
+    widths = []
+    run = learner.model._run
+    learner.model._run = lambda tokens, *rest, **named: widths.append(tokens.numel()) or run(tokens, *rest, **named)
+    found = learner.score(given, LOGPROBS, 1.0).logprobs
+    assert (sum(widths) == 20 + 10 - 4) == (name in TREES)
+    np.testing.assert_allclose(found, own_logprobs(plain(folder(name)), given), rtol=0, atol=2e-5)
+
+
+def test_packed_sequences_are_not_shared_and_bf16_follows_trees_too(folder):
+    given = rollouts(prompt=20, answers=(3, 2, 1, 4))
+    assert not load(folder("llama"), packing="always").model.shares_prompts
+    exact, half = (load(folder("llama"), precision=p).score(given, LOGPROBS, 1.0).logprobs for p in ("float32", "bf16"))
+    assert 0 < np.abs(exact - half).max() < 0.1
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -15,6 +15,7 @@ from posttrain.protocols import LoadRequest, Output
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.sharing import computed
+from posttrain_backends._torch.trees import forest
 from posttrain_backends.torch_native import Torch
 
 torch.set_num_threads(1)
@@ -140,3 +141,33 @@ def test_a_layout_without_sharing_is_the_plain_one():
     a, b = Layout.from_offsets([0, 3, 5]), Layout.from_offsets([0, 3, 5], cells=np.arange(5))
     assert replace(a, blocks=(), inverse=None).positions.tolist() == b.positions.tolist() == [0, 1, 2, 0, 1]
     assert [x.scatter.tolist() for x in a.blocks] == [x.scatter.tolist() for x in b.blocks]
+
+
+@settings(deadline=None, max_examples=150)
+@given(batch=batches())
+def test_a_token_of_a_tree_sees_its_own_past_alone(batch):
+    tokens, offsets, read = batch
+    found = computed(tokens, offsets, read)
+    trees = forest(found.layout, 10**6)
+    if trees is None:
+        assert len(found.layout.cells) == len(found.kept)
+        return
+    joined, M = [], len(found.kept)
+    for block, mask in zip(trees.blocks, trees.masks, strict=True):
+        ids = block.pad(torch.arange(M)).numpy()
+        for cell in block.scatter.tolist():
+            row, column = divmod(cell, block.columns)
+            seen = ids[row][mask[row, 0, column].numpy()]
+            token = found.kept[ids[row][column]]
+            assert sorted(tokens[found.kept[seen]]) == sorted(past(tokens, offsets, token))
+            assert len(set(seen)) == len(seen), "padding repeats a token and must not be seen"
+        assert mask.any(-1).all(), "a cell that sees nothing would give NaN"
+        joined.append(block.unpad(block.pad(torch.arange(M))))
+    assert torch.cat(joined)[trees.inverse].tolist() == list(range(M))
+
+
+def test_no_tree_where_a_row_per_sequence_costs_less():
+    tokens = np.concatenate([np.concatenate([[1, 2], np.full(50, i)]) for i in range(8)])
+    offsets = np.arange(9) * 52
+    layout = computed(tokens, offsets, np.concatenate([np.arange(a + 1, a + 52) for a in offsets[:-1]])).layout
+    assert forest(layout, hidden_size=16) is None and forest(layout, hidden_size=10**6) is not None

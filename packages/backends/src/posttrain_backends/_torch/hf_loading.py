@@ -14,7 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models import files
-from posttrain_backends._torch.models.hf import HFModel, adapted, cached_or_not, packing_error, require_plain_head
+from posttrain_backends._torch.models.hf import (
+    HFModel,
+    adapted,
+    attends_to_all,
+    cached_or_not,
+    packing_error,
+    require_plain_head,
+    tree_error,
+)
 from posttrain_backends.hf import source_of, unreachable
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     require_plain_head(model)
     require_rows(model, request.vocab_size)
     model.packed = packs(spec, model)
+    model.trees = follows_trees(model)
     learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
                            head_rows=spec.head_chunk, comm=request.comm)
     found = files.read_value_head(Path(spec.weights)) if spec.weights else {}
@@ -111,6 +120,14 @@ def require_rows(model: HFModel, vocab_size: int) -> None:
         raise ConfigError(
             [f"the tokenizer has {vocab_size} tokens, the model {rows} embeddings"],
             next_step="Take the tokenizer the weights were trained with (tokenizer: {use: hf, weights: ...}).")
+
+
+def follows_trees(model: HFModel) -> bool:
+    """Whether prompts can be computed once for all their answers."""
+    try:
+        return attends_to_all(model.causal.config) and tree_error(model) <= PACKING_TOLERANCE
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):  # the module takes no such mask
+        return False
 
 
 def packs(spec: HF, model: HFModel) -> bool:

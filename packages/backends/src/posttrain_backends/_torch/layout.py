@@ -72,7 +72,7 @@ class Layout:
         cells = np.arange(offsets[-1]) if cells is None else cells
         first, lengths = _first_cells(cells), np.diff(offsets)
         rows = np.repeat(np.arange(len(lengths)), lengths)[first]
-        groups = _similar_lengths(lengths)
+        groups = similar_lengths(lengths)
         order = [np.flatnonzero(np.isin(rows, group)) for group in groups] if len(groups) > 1 else []
         inverse = torch.from_numpy(np.argsort(np.concatenate(order))).to(device) if order else None
         return cls(
@@ -111,10 +111,10 @@ def _first_cells(cells: np.ndarray) -> np.ndarray:
     return np.flatnonzero(cells > largest_before)
 
 
-def _similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
+def similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
     """Groups of sequences, none shorter than half of its group's longest; empty sequences are in none.
 
-    >>> _similar_lengths(np.array([9, 3, 5, 0, 4]))
+    >>> similar_lengths(np.array([9, 3, 5, 0, 4]))
     [array([0, 2]), array([1, 4])]
     """
     order = np.argsort(-lengths, kind="stable")

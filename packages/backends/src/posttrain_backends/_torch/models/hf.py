@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from posttrain.errors import ConfigError
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
+from posttrain_backends._torch.trees import Forest, forest
 
 log = logging.getLogger(__name__)
 
-DECODING = frozenset({"sdpa", "eager"})
-"""Attention that takes the mask of decoding; another one is changed to the first of these while tokens are drawn."""
+MASKED = frozenset({"sdpa", "eager"})
+"""Attention that takes a mask of our own; another one is changed to torch's while there is one."""
 _LARGE_LOGIT = 1e3
 """Far above every soft cap."""
 _TOLERANCE = 1e-4
@@ -41,6 +43,7 @@ class HFModel:
     def __init__(self, causal: PreTrainedModel, precision: Precision, *, packed: bool = False,
                  gradient_checkpointing: bool = False) -> None:
         self.causal, self.precision, self.packed = causal, precision, packed
+        self.trees = False
         self.trunk: nn.Module = causal.base_model
         self._takes_positions = "position_ids" in _parameters(self.trunk)
         self._trains_in_train_mode = gradient_checkpointing
@@ -64,8 +67,8 @@ class HFModel:
 
     @property
     def shares_prompts(self) -> bool:
-        """No: the module sees whole rows."""
-        return False
+        """Where the load-time probe proves that the module follows a mask in the form of a tree."""
+        return self.trees and not self.packed
 
     def autocast(self) -> AbstractContextManager[object]:
         return autocast_to(self.precision, self.device)
@@ -75,8 +78,21 @@ class HFModel:
         with self.autocast(), self._mode():
             if self.packed and len(tokens):
                 return self._run(tokens[None], layout.positions[None]).last_hidden_state[0]  # type: ignore[no-any-return]
+            if self.trees and (found := forest(layout, self.output_weight.shape[1])) is not None:
+                return self._over(found, tokens, layout)
             parts = [block.unpad(self._run(block.pad(tokens)).last_hidden_state) for block in layout.blocks]
         return self._in_order(parts, layout)
+
+    def _over(self, trees: Forest, tokens: Tensor, layout: Layout) -> Tensor:
+        """Hidden states where shared beginnings stand once in a row with all that continue them."""
+        parts = []
+        for block, sees in zip(trees.blocks, trees.masks, strict=True):
+            mask = torch.zeros(sees.shape, dtype=self.compute_dtype, device=self.device)
+            mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
+            with self._masked_attention():
+                out = self._run(block.pad(tokens), block.pad(layout.positions), attention_mask=mask)
+            parts.append(block.unpad(out.last_hidden_state))
+        return torch.cat(parts).index_select(0, trees.inverse)
 
     def _run(self, tokens: Tensor, positions: Tensor | None = None, **named: Any) -> Any:
         """The trunk on [rows, columns] ids; positions count from 0 in every row where none are given."""
@@ -91,6 +107,19 @@ class HFModel:
         if self._trains_in_train_mode:
             self.causal.train(torch.is_grad_enabled())
         yield
+
+    @contextmanager
+    def _masked_attention(self) -> Iterator[None]:
+        """Attention that takes our mask."""
+        config, chosen = self.causal.config, self.causal.config._attn_implementation
+        if chosen in MASKED:
+            yield
+            return
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = chosen
 
     def _in_order(self, parts: Sequence[Tensor], layout: Layout) -> Tensor:
         if not parts:
@@ -162,19 +191,6 @@ class CachedHFModel(HFModel):
                             past_key_values=Cache(layers=layers), use_cache=True)
         return out.last_hidden_state[:, 0]  # type: ignore[no-any-return]  # the library's modules are untyped here
 
-    @contextmanager
-    def _masked_attention(self) -> Iterator[None]:
-        """Attention that takes our mask."""
-        config, chosen = self.causal.config, self.causal.config._attn_implementation
-        if chosen in DECODING:
-            yield
-            return
-        config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            config._attn_implementation = chosen
-
 
 class _Row(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed here
     """One layer of our cache, for one step: takes the new keys and values at each row's own position."""
@@ -245,7 +261,7 @@ def _parameters(module: nn.Module) -> frozenset[str]:
 def cached_or_not(causal: PreTrainedModel, precision: Precision, *, gradient_checkpointing: bool) -> HFModel:
     """The model with a cache where drawing with it is proved equal to reading whole sequences, else without."""
     plain = HFModel(causal, precision, gradient_checkpointing=gradient_checkpointing)
-    if not _attends_to_all(causal.config):
+    if not attends_to_all(causal.config):
         reason = "its layers do not attend to all tokens"
     else:
         try:
@@ -262,7 +278,7 @@ def cached_or_not(causal: PreTrainedModel, precision: Precision, *, gradient_che
     return plain
 
 
-def _attends_to_all(config: Any) -> bool:
+def attends_to_all(config: Any) -> bool:
     """Whether every layer is full attention; a window would be lost in our mask."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -293,6 +309,21 @@ def packing_error(model: HFModel) -> float:
         together = model._run(tokens[None], layout.positions[None]).last_hidden_state[0]
         apart = torch.cat([model._run(part[None]).last_hidden_state[0] for part in torch.split(tokens, [5, 3])])
     return float((together - apart).abs().max() / apart.abs().max())
+
+
+@torch.no_grad()
+def tree_error(model: HFModel) -> float:
+    """Largest difference between hidden states of two sequences that share their beginning in one row, and of each on
+    its own, relative."""
+    tokens, _ = _probe_tokens(model, [7])
+    layout = Layout.from_offsets([0, 5, 9], model.device, np.array([0, 1, 2, 3, 4, 0, 1, 5, 6]))
+    trees = forest(layout, 2**20)
+    assert trees is not None, "two continuations of two tokens are cheaper together"
+    with _exactly(model):
+        together = model._over(trees, tokens, layout)
+        apart = [model._run(tokens[rows][None]).last_hidden_state[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 5, 6])]
+    expected = torch.cat([apart[0], apart[1][2:]])
+    return float((together - expected).abs().max() / expected.abs().max())
 
 
 @torch.no_grad()
