@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from posttrain.config import RewardEntry as Entry
 from posttrain.data import Prompt, Rollouts
 from posttrain.errors import RewardError
+from posttrain.rewards import scoring
+from posttrain.rewards.calls import Origin
+from posttrain.rewards.pool import Pool
 from posttrain.rewards.rules import ExactMatch, Length, Regex
-from posttrain.rewards.scoring import score, summed
+from posttrain.rewards.scoring import summed
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A reward as a configuration hands it over."""
-
-    name: str
-    call: Callable[..., Any]
-    weight: float = 1.0
+@pytest.fixture(params=[False, True], ids=["in process", "forked"])
+def fork(request: pytest.FixtureRequest) -> bool:
+    """Where functions from Python are called; what comes of it is the same."""
+    return bool(request.param)
 
 
 def rollouts(extras: tuple[dict[str, Any], ...] = ({"answer": "a"}, {"answer": "b", "level": 2}, {})) -> Rollouts:
@@ -39,12 +40,17 @@ def rollouts(extras: tuple[dict[str, Any], ...] = ({"answer": "a"}, {"answer": "
                  Prompt(tokens=(8, 9), extra=extras[2], where="d.jsonl:3")))
 
 
-def scored(call: Callable[..., Any], name: str = "mine") -> Rollouts:
-    return score(rollouts(), [Entry(name, call)])
+def score(given: Rollouts, entries: list[Entry], fork: bool = False) -> Rollouts:
+    with Pool(entries, fork=fork) as pool:
+        return scoring.score(given, entries, pool)[0]
 
 
-def test_outcomes_stand_on_the_last_token_of_each_episode() -> None:
-    found = scored(lambda **columns: [0.5, None, 2])
+def scored(call: Callable[..., Any], name: str = "mine", fork: bool = False) -> Rollouts:
+    return score(rollouts(), [Entry(name, call)], fork)
+
+
+def test_outcomes_stand_on_the_last_token_of_each_episode(fork: bool) -> None:
+    found = scored(lambda **columns: [0.5, None, 2], fork=fork)
     assert found.rewards["mine"].tolist() == [0, 0, 0.5, 0, 0, 0, 0, 0, 0, 2]
     assert found.excluded["mine"].tolist() == [False, True, False]
 
@@ -84,8 +90,8 @@ def test_each_reward_is_called_once_per_step() -> None:
 
 
 @pytest.mark.parametrize("values", [(1, 2.0, True), np.array([1, 2, 1], np.float32), [np.float64(1), np.int64(2), 1]])
-def test_kinds_of_numbers(values: Any) -> None:
-    found = scored(lambda **_: values).rewards["mine"]
+def test_kinds_of_numbers(values: Any, fork: bool) -> None:
+    found = scored(lambda **_: values, fork=fork).rewards["mine"]
     assert found.dtype == np.float64 and found[[2, 7, 9]].tolist() == [1, 2, 1]
 
 
@@ -94,13 +100,13 @@ async def slow(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(c)) for c in completions]
 
 
-def test_async_rewards_are_run() -> None:
-    assert scored(slow).rewards["mine"][[2, 7, 9]].tolist() == [1, 1, 0]
+def test_async_rewards_are_run(fork: bool) -> None:
+    assert scored(slow, fork=fork).rewards["mine"][[2, 7, 9]].tolist() == [1, 1, 0]
 
 
-def test_async_rewards_inside_a_running_loop() -> None:
+def test_async_rewards_inside_a_running_loop(fork: bool) -> None:
     async def notebook() -> Rollouts:
-        return scored(slow)
+        return scored(slow, fork=fork)
 
     assert asyncio.run(notebook()).rewards["mine"][[2, 7, 9]].tolist() == [1, 1, 0]
 
@@ -131,21 +137,21 @@ async def divides_later(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("call", [divides, divides_later])
-def test_an_exception_names_reward_row_and_line_and_keeps_its_cause(call: Callable[..., Any]) -> None:
+def test_an_exception_names_reward_row_and_line_and_keeps_its_cause(call: Callable[..., Any], fork: bool) -> None:
     with pytest.raises(RewardError, match=r"reward 'mine' raised ZeroDivisionError: .* on row d\.jsonl:3 at "
                                           r".*test_rewards\.py:\d+\n.*mend the function") as caught:
-        scored(call)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        scored(call, fork=fork)
+    assert "return [1 / len(c) for c in completions]" in str(caught.value.__cause__), "its whole traceback"
 
 
-def test_an_exception_that_no_single_row_causes() -> None:
+def test_an_exception_that_no_single_row_causes(fork: bool) -> None:
     def together(completions: list[str], **_: Any) -> list[float]:
         if len(completions) > 1:
             raise RuntimeError("too many")
         return [0.0]
 
     with pytest.raises(RewardError, match="too many on the rows of this step together"):
-        scored(together)
+        scored(together, fork=fork)
 
 
 @pytest.mark.parametrize(("result", "message"), [
@@ -166,9 +172,9 @@ def test_an_exception_that_no_single_row_causes() -> None:
     (np.array([0.0, np.inf, 0.0]), r"returned inf, which is not finite.*\(row d\.jsonl:2\)"),
     (np.zeros((3, 2)), r"which is no number \(row d\.jsonl:1\)"),
 ])
-def test_a_wrong_result_names_reward_row_and_what_to_return(result: Any, message: str) -> None:
+def test_a_wrong_result_names_reward_row_and_what_to_return(result: Any, message: str, fork: bool) -> None:
     with pytest.raises(RewardError, match=f"reward 'mine' {message}|reward 'mine' returned .*{message}") as caught:
-        scored(lambda **_: result)
+        scored(lambda **_: result, fork=fork)
     assert "None" in str(caught.value)
 
 
@@ -229,8 +235,10 @@ def test_a_reward_may_be_called_reward_only_where_it_is_the_sum() -> None:
         summed(score(rollouts(), one), [replace(one[0], weight=2.0)])
 
 
-def test_rules_through_scoring() -> None:
-    entries = [Entry("right", ExactMatch()), Entry("letter", Regex("[a-z]")), Entry("short", Length(0, 2, "tokens"))]
+def test_rules_through_scoring_in_a_worker() -> None:
+    rules = {"right": ExactMatch(), "letter": Regex("[a-z]"), "short": Length(0, 2, "tokens")}
+    entries = [Entry(name, rule, origin=Origin.of(f"posttrain.rewards.rules:{type(rule).__name__}", rule, {}))
+               for name, rule in rules.items()]
     found = score(rollouts(), entries)
     assert found.rewards["right"][[2, 7, 9]].tolist() == [1, 0, 0]
     assert found.excluded["right"].tolist() == [False, False, True]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from posttrain.data import Prompt
 from posttrain.errors import DataError
 from posttrain.protocols import RowRules
-from posttrain.tasks.rows import PromptRows, Rows
+from posttrain.tasks.rows import Rows
+from posttrain.tasks.source import PromptRows
 from posttrain.tokenizers import Bytes, Characters
 
 BYTES = Bytes().load()
@@ -249,7 +250,8 @@ def test_a_split_keeps_every_row_once_and_the_order(n: int, fraction: float, see
     assert task.load(BYTES, RULES).held_out() == source.held_out()
 
 
-SOURCE = PromptRows(tuple(Prompt(text=str(i)) for i in range(7)))
+SOURCE = Rows(rows=tuple({"prompt": str(i)} for i in range(7))).load(BYTES, RULES)
+assert isinstance(SOURCE, PromptRows)
 
 
 @given(cursor=st.integers(0, 50), count=st.integers(0, 30), seed=st.integers(0, 3))

@@ -158,19 +158,72 @@ def sample(directory: RunPath, prompt: str,
         print(json.dumps({"prompt": prompt, "completion": text}) if as_json else text)
 
 
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-           output: Annotated[Path, typer.Option("-o", "--output", help="A .png or .svg file.")] = Path("report.png"),
-           ) -> None:
-    """Draw the curves of runs into one picture."""
-    from posttrain.report import plot
+def sync(context: typer.Context, directory: RunPath,
+         arguments: Annotated[list[str] | None, typer.Argument(
+             metavar="[TRACKER]... [FIELD=VALUE]...", help="Trackers, by default the run's; fields over theirs.")]
+         = None) -> None:
+    """Send to trackers what they lack of a run, without a point twice; also one that the run did not have."""
+    from omegaconf import OmegaConf
 
-    plot(runs, output)
+    from posttrain.trackers.sync import NotDelivered
+    from posttrain.trackers.sync import sync as deliver
+
+    given = arguments or []
+    fields = OmegaConf.from_dotlist([text for text in given if "=" in text])
+    done = deliver(directory, [text for text in given if "=" not in text],
+                   {str(name): fields[name] for name in fields}, context.obj)
+    for each in done:
+        print(f"{each.tracker}: {each.records} records sent to {each.place}")
+    if failed := [f"{each.tracker} does not take records at {each.place}: {each.error}" for each in done if each.error]:
+        raise NotDelivered("\n".join([*failed, f"what is missing is kept; try again: posttrain sync {directory}"]))
+
+
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+           output: Annotated[Path, typer.Option("-o", "--output", help="A .html page, or a .png or .svg picture.")]
+           = Path("report.html")) -> None:
+    """Write one page with the curves, samples, configuration and differences of runs, or a picture of the curves."""
+    from posttrain.report import write
+
+    write(runs, output)
     print(f"wrote {output}")
+
+
+def export(directory: RunPath,
+           output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR",
+                                                       help="New folder; by default RUN/exports/step-<step>.")] = None,
+           step: Annotated[int | None, typer.Option(min=0, help="A step with a checkpoint; by default the newest.")]
+           = None) -> None:
+    """Write a run's policy as a Hugging Face folder: weights, tokenizer, generation settings, model card."""
+    from posttrain.export import export as write
+
+    print(f"wrote {write(directory, output, step=step)}")
+
+
+def doctor(context: typer.Context,
+           as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+    """Say what is installed, what fits together and what the machine offers; ends with 1 where something is broken."""
+    from dataclasses import asdict
+    from itertools import groupby
+
+    from posttrain.doctor import examine, is_broken
+
+    findings = examine(context.obj)
+    if as_json:
+        print(json.dumps({"broken": is_broken(findings), "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        marks = {"ok": "", "note": "NOTE", "broken": "BROKEN"}
+        for section, group in groupby(findings, key=lambda f: f.section):
+            print(section)
+            _table([(f"  {f.name}", "  ".join(part for part in (
+                marks[f.status], f.value, f.remedy and f"-> {f.remedy}") if part)) for f in group])
+    if is_broken(findings):
+        raise typer.Exit(1)
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "plugins": plugins, "show": show, "init": init, "config": config, "check": check, "train": train, "resume": resume,
-    "eval": evaluate, "sample": sample, "report": report}
+    "eval": evaluate, "sample": sample, "sync": sync, "report": report,
+    "export": export, "doctor": doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,13 +12,27 @@ from posttrain.comm import SingleProcess
 from posttrain.config import SHARED_CRITIC, Loaded
 from posttrain.errors import ConfigError, PosttrainError, Problem
 from posttrain.loss import KLTerm, Measured, Sum
-from posttrain.protocols import LoadRequest, Need, Objective, Optimization, Output, PromptSource, Scorer, Tokenizer
+from posttrain.protocols import (
+    LoadRequest,
+    Need,
+    Objective,
+    Optimization,
+    Output,
+    PromptSource,
+    Sampler,
+    Scorer,
+    Tokenizer,
+)
 from posttrain.registry import Registry
+from posttrain.rewards.pool import Pool
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.supervised import require_answers
 from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of
 from posttrain.update import Trained
+
+_ROWS_AT_A_TIME = 2**16
+"""Rows that are in memory together while all are looked at."""
 
 
 def reward_columns(settings: Settings) -> tuple[str, ...]:
@@ -164,8 +178,18 @@ def importing(loaded: Loaded, key: str) -> AbstractContextManager[None]:
     return nullcontext() if component is None else loaded.registry.importing(component)
 
 
-def build(loaded: Loaded) -> Parts:
-    """Load everything. The order matters: what is cheap and often wrong comes first."""
+def reward_workers(settings: Settings) -> Pool:
+    """The processes that call the rewards, not started yet."""
+    block = settings.reward_workers
+    return Pool(tuple(settings.rewards.values()), block.count, block.fork, settings.threads)
+
+
+def build(loaded: Loaded, workers: Pool | None = None) -> Parts:
+    """Load everything. The order matters: what is cheap and often wrong comes first.
+
+    `workers` are already started where rewards shall load beside the models; else they start when first needed, and
+    the caller closes `Parts.workers`.
+    """
     check(loaded)
     settings = loaded.settings
     tokenizer, source = open_task(settings)
@@ -192,13 +216,24 @@ def build(loaded: Loaded) -> Parts:
         evaluator = engine.start(policy, tokenizer, shared=True)
         sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
     if settings.loop == "rl":  # a row too long for the model would otherwise stop the run when its turn comes
-        evaluator.check([*source.take(0, source.rows, settings.seed), *source.held_out()], sampling_of(settings))
+        check_prompts(evaluator, source, settings)
     return Parts(
         tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
-        sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()), columns=columns,
-        estimator=settings.estimator, correction=settings.correction, combiner=settings.combiner,
+        sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()),
+        workers=workers or reward_workers(settings), columns=columns, estimator=settings.estimator,
+        correction=settings.correction, combiner=settings.combiner,
         gradient_combiner=settings.gradient_combiner, kl=settings.kl, batching=settings.batching,
         comm=request.comm, needs=needs)
+
+
+def check_prompts(sampler: Sampler, source: PromptSource, settings: Settings) -> None:
+    """Raise one `DataError` for prompts that the model cannot answer; looks at some rows at a time."""
+    sampling = sampling_of(settings)
+    for start in range(0, source.rows, _ROWS_AT_A_TIME):
+        sampler.check(source.take(start, min(_ROWS_AT_A_TIME, source.rows - start), settings.seed), sampling)
+    held_out = source.held_out()
+    for start in range(0, len(held_out), _ROWS_AT_A_TIME):
+        sampler.check(held_out[start:start + _ROWS_AT_A_TIME], sampling)
 
 
 def initial_state(parts: Parts, settings: Settings) -> RunState:

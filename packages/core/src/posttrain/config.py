@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
@@ -17,9 +18,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from posttrain.annotations import Key, construct, convert, dotted
+from posttrain.annotations import Key, construct, dotted
 from posttrain.errors import ConfigError, InputError, Problem, did_you_mean
-from posttrain.hookspecs import Component
+from posttrain.hookspecs import PROJECT, Component
 from posttrain.layers import (
     Layer,
     Mark,
@@ -36,6 +37,8 @@ from posttrain.layers import (
 )
 from posttrain.recipes import RECIPES
 from posttrain.registry import Registry, import_file
+from posttrain.rewards.calls import Origin
+from posttrain.rewards.scoring import Rule
 from posttrain.schema import Settings
 
 SHARED_CRITIC = "policy"
@@ -47,11 +50,29 @@ SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class RewardEntry:
-    """A named reward: what is called, and its weight in the sum."""
+    """A named reward: what is called, its weight in the sum, and what becomes of rows on which it fails."""
 
     name: str
     call: Callable[..., Any]
     weight: float = 1.0
+    timeout: float = 30.0
+    """Seconds for one call. A call on several rows that takes longer is done again row by row."""
+    on_error: Rule = "fail"
+    """What becomes of a row on which it raises."""
+    on_timeout: Rule = "drop_sample"
+    """What becomes of a row on which it does not answer in time, or ends its process."""
+    origin: Origin | None = None
+    """Where a worker finds it; None where it was handed over from Python."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite, got {self.weight}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be positive and finite, got {self.timeout}")
+
+
+RULES = ("weight", "timeout", "on_error", "on_timeout")
+"""Fields of a reward's entry that stand beside those of the reward itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +253,26 @@ class _Builder:
                                      f"{{use: NAME, field: value}}, got {node!r}{hint}")
         given = {k: v for k, v in node.items() if k != ("use" if "use" in node else "file")}
         if kind == "reward":
-            weight = convert(float, given.pop("weight", 1.0), (*key, "weight"), self.problem)
-            if weight is not None and not math.isfinite(weight):
-                self.problem((*key, "weight"), f"{dotted((*key, 'weight'))} must be finite, got {weight}")
-            return RewardEntry(str(key[-1]), self.made(kind, node, given, key), weight)
+            rules = {name: given.pop(name) for name in RULES if name in given}
+            call = self.made(kind, node, given, key)
+            entry = {"name": str(key[-1]), "call": call, "origin": self.origin(call, node, given, key), **rules}
+            name = dotted(key)
+            return construct(RewardEntry, entry, key, lambda at, message: self.problem(
+                at, message.replace(f"{name}: ", f"{name}.", 1)))  # what is wrong begins with a field's name
         if node.get("use") == "none" and optional and "none" not in self.registry.names(kind):
             return None
         shared = (key, node) == (("critic",), {"use": SHARED_CRITIC})
         return SHARED_CRITIC if shared else self.made(kind, node, given, key)
+
+    def origin(self, call: Any, node: Mapping[str, Any], given: Mapping[str, Any], key: Key) -> Origin | None:
+        """Where another process finds a reward; None where it is an object from Python, or wrong."""
+        if call is None or not isinstance(node.get("use", ""), str):
+            return None
+        if "use" not in node:
+            return Origin.of(at(self.tree, key)["file"], call, given)
+        module, _, name = self.components[dotted(key)].target.partition(":")
+        in_file = module.startswith(f"{PROJECT}_file_")
+        return Origin.of(f"{sys.modules[module].__file__ if in_file else module}:{name}", call, given)
 
     def made(self, kind: str, node: Mapping[str, Any], given: dict[str, Any], key: Key) -> Any:
         """The component that `use` or `file` names, with the given fields; an object from Python as it is."""

@@ -280,6 +280,9 @@ class Tokenizer(Protocol):
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation up to where the assistant answers."""
         ...
+    def save(self, directory: Path) -> None:
+        """Write into an existing folder what `AutoTokenizer` of transformers loads, the chat template included."""
+        ...
 
 
 class TokenizerSource(Protocol):

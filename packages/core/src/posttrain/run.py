@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from posttrain import checkpoint, config, state, supervised, trackers, trainer
-from posttrain.compose import build, check, initial_state, open_task
+from posttrain.compose import build, check, initial_state, open_task, reward_workers
 from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.protocols import TrackerSession
@@ -85,10 +85,11 @@ def train(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
     path = run_path(loaded)
     rows = loaded.settings.task.given() if isinstance(loaded.settings.task, Rows) else {}
     text = config.to_yaml(loaded, {key: str(path.resolve() / f"{key}.jsonl") for key in rows})
-    with RunDirectory.create(path, config=text, manifest=manifest(loaded)) as files:
+    with (RunDirectory.create(path, config=text, manifest=manifest(loaded)) as files,
+          reward_workers(loaded.settings) as workers):  # first: they load their rewards while the models load
         for key, given in rows.items():  # rows handed over from Python become files, so that the config runs again
             write_rows(path / f"{key}.jsonl", given)
-        parts = build(loaded)
+        parts = build(loaded, workers)
         run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
         run.state = synced(parts, run.settings, run.state)
         return _go(run, parts, files, loaded.registry)
@@ -105,20 +106,22 @@ def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Re
         files.differences(manifest(loaded))
         checkpoint.tidy(files.checkpoints)
         found = checkpoint.newest(files.checkpoints, fallback=loaded.settings.resume.fallback)
-        parts = build(loaded)
-        run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
-        if found is None:
-            run.state = synced(parts, run.settings, run.state)
-        else:
-            restore(run, parts, checkpoint.load(found))
-        files.truncate_after(run.state.step if found else -1)
-        return _go(run, parts, files, loaded.registry)
+        with reward_workers(loaded.settings) as workers:
+            parts = build(loaded, workers)
+            run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
+            if found is None:
+                run.state = synced(parts, run.settings, run.state)
+            else:
+                restore(run, parts, checkpoint.load(found))
+            files.truncate_after(run.state.step if found else -1)
+            return _go(run, parts, files, loaded.registry)
 
 
 def evaluate(directory: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Rewards on the held-out prompts with the newest checkpoint of a run, by metric name."""
     run, parts = opened(directory, overrides)
-    metrics, _ = LOOPS[run.loop][1](parts, run.settings, Phases(time.perf_counter))
+    with parts.workers:
+        metrics, _ = LOOPS[run.loop][1](parts, run.settings, Phases(time.perf_counter))
     if not metrics:
         raise ConfigError(["this run has no held-out rows and rewards to evaluate with (task.held_out, rewards)"])
     return metrics.values_by_name()
@@ -216,10 +219,13 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
            stop: StopRequest) -> None:
     settings = run.settings
     phases = Phases(time.perf_counter, session.phase_started)
+    busy = time.process_time()
     advance, assess = LOOPS[run.loop]
 
     def record(metrics: Metrics, seconds: float) -> None:
-        values = {**metrics.values_by_name(), **timings(seconds, metrics, phases.taken())}
+        nonlocal busy
+        before, busy = busy, time.process_time()
+        values = {**metrics.values_by_name(), **timings(seconds, busy - before, metrics, phases.taken())}
         files.append_metrics(run.state.step, values)
         session.step_finished(run.state.step, values)
         _warn(registry.hooks.step_finished(run, run.state.step, values))
@@ -260,13 +266,15 @@ def samples(rollouts: Rollouts | None, kind: str, n: int) -> list[dict[str, Any]
             for e, p in enumerate(rollouts.prompts[:n])]
 
 
-def timings(seconds: float, metrics: Metrics, phases: Mapping[str, float]) -> dict[str, float]:
-    """What may differ between two equal runs."""
+def timings(seconds: float, busy: float, metrics: Metrics, phases: Mapping[str, float]) -> dict[str, float]:
+    """What may differ between two equal runs; `busy` are seconds of CPU, of all threads. The time of day is fixed here,
+    so that trackers that are sent a record again see that it is the same one."""
     import psutil
 
     length = metrics.get("episode/length")
     tokens = 0.0 if length is None else length.total
-    return {"timing/seconds": seconds, "timing/tokens_per_second": tokens / seconds,
+    return {"timing/seconds": seconds, "timing/tokens_per_second": tokens / seconds, "timing/unix_time": time.time(),
+            "timing/cpu_percent": 100 * busy / seconds,
             "timing/memory_mb": psutil.Process().memory_info().rss / 2**20,
             **{f"timing/{name}": taken for name, taken in phases.items()}}
 

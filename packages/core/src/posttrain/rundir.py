@@ -138,8 +138,8 @@ class RunDirectory:
         run = cls(path)
         run._there_before = there
         try:
-            _replace_text(path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
-            _replace_text(path / CONFIG, config)  # last: its presence says that this is a run
+            replace_text(path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+            replace_text(path / CONFIG, config)  # last: its presence says that this is a run
         except OSError as error:
             run.close()
             _unusable(path, error)
@@ -281,7 +281,7 @@ def describe(*, seed: int, threads: int, plugins: Sequence[str], user_files: Seq
         "frameworks": {name: installed_version(name) for name in ("numpy", "torch", "jax")},
         "python": platform.python_version(), "platform": platform.platform(), "host": socket.gethostname(),
         "cpu": _cpu_model(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
-        "accelerators": _accelerators(), "user_files": {str(path): _hash_of(path) for path in user_files},
+        "accelerators": accelerators(), "user_files": {str(path): _hash_of(path) for path in user_files},
     }
 
 
@@ -370,7 +370,7 @@ def _strict(value: JSON) -> JSON:
     return value
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     whole = path.with_name(f".{path.name}-{os.getpid()}")
     with whole.open("w", encoding="utf-8") as file:
@@ -402,7 +402,7 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _accelerators() -> list[str]:
+def accelerators() -> list[str]:
     """Names of the NVIDIA devices the driver shows."""
     program = shutil.which("nvidia-smi")
     if program is None:

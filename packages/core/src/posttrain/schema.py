@@ -121,6 +121,26 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class RewardWorkerSettings:
+    """Block `reward_workers:` - the processes in which rewards are called."""
+
+    count: int = 0
+    """Processes that share the rewards named in the configuration; 0: one per core that `threads` leaves, at most 8. A
+    function handed over from Python has a process of its own. Results do not depend on it."""
+    fork: bool = True
+    """Call functions handed over from Python in forked processes; false: in the run's own, without a deadline (for
+    functions that use CUDA). Only Linux can fork; names and `file:` have new processes everywhere."""
+    max_error_rate: float = 0.05
+    """Stop where a reward fails on a larger share of a step's rows, by exceptions, time-outs or the death of its
+    process, whatever its rules say."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "count")
+        if not 0 <= self.max_error_rate <= 1:
+            raise ValueError(f"max_error_rate lies in [0, 1], got {self.max_error_rate}")
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     """Block `checkpoint:`."""
 
@@ -162,7 +182,10 @@ class Settings:
     tokenizer: Any = part("tokenizer", "bytes")
     task: Any = part("task")
     rewards: Mapping[str, Any] = parts("reward")
-    """Named rewards; `weight: 1.0` beside `use:` or `file:` weighs each in the sum."""
+    """Named rewards. Beside `use:` or `file:` each has `weight: 1.0` in the sum, `timeout: 30.0` seconds for a call,
+    and what becomes of a row: `on_error: fail` where it raises, `on_timeout: drop_sample` where it does not answer or
+    its process dies; both take `fail`, `drop_sample`, `drop_group` or `zero`."""
+    reward_workers: RewardWorkerSettings = field(default_factory=RewardWorkerSettings)
     estimator: Any = part("estimator", "grpo")
     correction: Any = part("correction")
     combiner: Any = part("combiner")

@@ -25,12 +25,14 @@ from posttrain.update import optimiser_step
 
 def require_answers(source: PromptSource) -> None:
     """Raise `DataError` that names rows without an answer; called before anything is written."""
-    missing = [p for p in source.take(0, source.rows, seed=0) if COMPLETION not in p.extra]
+    missing, shown = 0, list[Prompt]()
+    for prompt in source.take(0, source.rows, seed=0):  # rows may be more than memory holds
+        if COMPLETION not in prompt.extra:
+            missing, shown = missing + 1, sorted([*shown, prompt], key=lambda p: p.group)[:SHOWN]
     if missing:
-        shown = sorted(missing, key=lambda p: p.group)[:SHOWN]
         raise DataError(
             [Problem(f"no '{COMPLETION}' to learn from", p.where) for p in shown],
-            f"supervised training needs an answer in every row; {len(missing)} of {source.rows} have none:",
+            f"supervised training needs an answer in every row; {missing} of {source.rows} have none:",
             "add the column, or name the one that holds answers by task.completion_key")
 
 

@@ -25,6 +25,12 @@ BOS, EOS = "\ufdd0", "\ufdd1"
 """What a template of `Characters` and `Bytes` gets as `bos_token` and `eos_token`: Unicode noncharacters, which are
 reserved for use inside a program and therefore never part of a text."""
 
+NAMES = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>"}
+"""How the special tokens of `Characters` and `Bytes` are spelled in the files that `save` writes."""
+_CONTENTS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+_LINES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+"""Their default chat templates in Jinja, for those files."""
+
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt up to where the answer begins; a text gets the tokenizer's bos in front, where it has one.
@@ -69,7 +75,7 @@ class Characters:
         return _CharacterTokenizer(
             alphabet=self.alphabet, ids={c: first + i for i, c in enumerate(self.alphabet)}, pad=0,
             bos=1 if self.bos else None, eos=first - 1, vocab_size=first + len(self.alphabet),
-            template=_template(self.template, _contents))
+            template=_template(self.template, _contents), source=self.template or _CONTENTS)
 
 
 @final
@@ -89,7 +95,7 @@ class Bytes:
 
     def load(self) -> Tokenizer:
         return _ByteTokenizer(pad=256, eos=257, bos=258 if self.bos else None, vocab_size=258 + self.bos,
-                              template=_template(self.template, _lines))
+                              template=_template(self.template, _lines), source=self.template or _LINES)
 
 
 @final
@@ -134,7 +140,7 @@ class TokenizersJSON:
         return _FileTokenizer(
             library=loaded, eos=eos, pad=_special(ids, self.pad, "pad", path) if self.pad else eos,
             bos=_special(ids, self.bos, "bos", path) if self.bos else None, vocab_size=max(ids.values()) + 1,
-            template=_template(source, _refused, bos_token=self.bos, eos_token=self.eos))
+            template=_template(source, _refused, bos_token=self.bos, eos_token=self.eos), source=source)
 
 
 @final
@@ -147,6 +153,8 @@ class _CharacterTokenizer:
     eos: int
     vocab_size: int
     template: ChatTemplate
+    source: str
+    """The chat template in Jinja; empty for none."""
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -163,6 +171,14 @@ class _CharacterTokenizer:
     def chat(self, messages: Messages) -> list[int]:
         return _with_special_tokens(self, messages)
 
+    def save(self, directory: Path) -> None:
+        special = _named_specials(self)
+        vocabulary = {**{token: getattr(self, name) for name, token in special.items()}, **self.ids}
+        _write_files(directory, _library_file(
+            self, special, model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
+            decoder={"type": "Fuse"}), special, self.source)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -172,6 +188,8 @@ class _ByteTokenizer:
     eos: int
     vocab_size: int
     template: ChatTemplate
+    source: str
+    """The chat template in Jinja; empty for none."""
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -186,6 +204,15 @@ class _ByteTokenizer:
     def chat(self, messages: Messages) -> list[int]:
         return _with_special_tokens(self, messages)
 
+    def save(self, directory: Path) -> None:
+        special = _named_specials(self)
+        vocabulary = {**{_printable(byte): byte for byte in range(256)},
+                      **{token: getattr(self, name) for name, token in special.items()}}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        _write_files(directory, _library_file(
+            self, special, model={"type": "BPE", "vocab": vocabulary, "merges": []}, pre_tokenizer=level,
+            decoder=level), special, self.source)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -196,6 +223,8 @@ class _FileTokenizer:
     eos: int
     vocab_size: int
     template: ChatTemplate
+    source: str
+    """The chat template in Jinja; empty for none."""
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.library.encode(text, add_special_tokens=False).ids
@@ -207,6 +236,51 @@ class _FileTokenizer:
 
     def chat(self, messages: Messages) -> list[int]:
         return self.encode(self.template(messages))
+
+    def save(self, directory: Path) -> None:
+        ids = {"pad": self.pad, "bos": self.bos, "eos": self.eos}
+        special = {name: str(self.library.id_to_token(i)) for name, i in ids.items() if i is not None}
+        _write_files(directory, self.library.to_str(), special, self.source)
+
+
+def _named_specials(tokenizer: _CharacterTokenizer | _ByteTokenizer) -> dict[str, str]:
+    """pad, bos and eos with their spelling, those that the tokenizer has."""
+    ids = {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
+    return {name: token for name, token in NAMES.items() if ids[name] is not None}
+
+
+def _library_file(tokenizer: _CharacterTokenizer | _ByteTokenizer, special: Mapping[str, str],
+                  **parts: Mapping[str, Any]) -> str:
+    """The `tokenizer.json` by which the `tokenizers` library gives the same ids."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ids = {token: getattr(tokenizer, name) for name, token in special.items()}
+    added = [{"id": i, "content": token, **flags} for token, i in sorted(ids.items(), key=lambda item: item[1])]
+    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+                       "normalizer": None, "post_processor": None, **parts}, ensure_ascii=False, indent=1)
+
+
+def _printable(byte: int) -> str:
+    """The character that stands for a byte in byte-level vocabularies: itself where it prints, else the next free one
+    from U+0100 on (Radford et al. 2019, the code of GPT-2).
+
+    >>> _printable(65), _printable(32), _printable(10)
+    ('A', 'Ġ', 'Ċ')
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte) if byte in shown else chr(256 + sum(b not in shown for b in range(byte)))
+
+
+def _write_files(directory: Path, library_file: str, special: Mapping[str, str], template: str) -> None:
+    """What `AutoTokenizer` of transformers loads; the chat template stands where newer and where older readers look."""
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                                "model_input_names": ["input_ids", "attention_mask"],
+                                **{f"{name}_token": token for name, token in special.items()}}
+    if template:
+        settings["chat_template"] = template
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (directory / "tokenizer.json").write_text(library_file, encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_special_tokens(tokenizer: _CharacterTokenizer | _ByteTokenizer, messages: Messages) -> list[int]:

@@ -33,6 +33,7 @@ from posttrain.protocols import (
     Scorer,
     Tokenizer,
 )
+from posttrain.rewards.pool import Pool
 from posttrain.rewards.scoring import score as score_rewards
 from posttrain.rewards.scoring import summed
 from posttrain.schema import Settings
@@ -72,6 +73,8 @@ class Parts:
     evaluator: Sampler
     """Samples with the current weights; the sampler itself unless that one lags behind."""
     rewards: tuple[RewardEntry, ...]
+    workers: Pool
+    """Calls the rewards; whoever built the parts enters and leaves it."""
     columns: tuple[str, ...]
     """Reward columns that are estimated: `("reward",)`, or every reward where columns are combined."""
     estimator: Estimator
@@ -134,7 +137,8 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
         cursor += len(prompts)
         rollouts = parts.sampler.rollout(grouped, sampling_of(settings), (settings.seed, step, attempt))
         with phases("reward"):
-            rollouts = summed(score_rewards(rollouts, parts.rewards), parts.rewards)
+            rollouts, failures = rewarded(parts, settings, rollouts)
+        metrics += failures.prefixed("reward")
         metrics += described(rollouts, {SUM: "reward", **{r.name: f"reward/{r.name}" for r in parts.rewards}})
         if rollout.filter_zero_variance:
             alive = has_variance(rollouts, SUM)
@@ -147,6 +151,12 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
     if rollout.filter_zero_variance:
         metrics += {"rollout/filtered_groups": Metric(dropped, reduction="sum")}
     return Rollouts.concat(kept), cursor, metrics
+
+
+def rewarded(parts: Parts, settings: Settings, rollouts: Rollouts) -> tuple[Rollouts, Metrics]:
+    """The rollouts with every reward and their sum, and how the rewards failed."""
+    scored, failures = score_rewards(rollouts, parts.rewards, parts.workers, settings.reward_workers.max_error_rate)
+    return summed(scored, parts.rewards), failures
 
 
 def any_to_learn(rollouts: Rollouts, columns: Sequence[str]) -> bool:
@@ -247,11 +257,11 @@ def evaluate(parts: Parts, settings: Settings, phases: Phases) -> tuple[Metrics,
     sampling = replace(sampling_of(settings), temperature=settings.evaluate.temperature, top_p=1.0, top_k=0, min_p=0.0)
     with phases("evaluate"):
         rollouts = parts.evaluator.rollout(prompts, sampling, (settings.seed, 0, 3))
-        rollouts = summed(score_rewards(rollouts, parts.rewards), parts.rewards)
+        rollouts, failures = rewarded(parts, settings, rollouts)
     names = {SUM: "eval/reward", **{r.name: f"eval/reward/{r.name}" for r in parts.rewards}}
     found = described(rollouts, names)
     kept = {name: m for name, m in found.items() if name.startswith("eval/") and not name.endswith("/excluded")}
-    return Metrics({**kept, "eval/length": found["episode/length"]}), rollouts
+    return Metrics({**kept, **failures.prefixed("eval/reward"), "eval/length": found["episode/length"]}), rollouts
 
 
 def held_out(source: PromptSource, settings: Settings) -> Sequence[Prompt]:

@@ -33,7 +33,7 @@ class ExactMatch:
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         def form(text: str) -> str:
             return _normal(text, self.strip, self.ignore_case)
-        wanted = [_right_answers(value) for value in _column(columns, self.answer_key)]
+        wanted = [_right_answers(value) for value in column(columns, self.answer_key)]
         return [None if right is None else float(form(text) in map(form, right))
                 for text, right in zip(completions, wanted, strict=True)]
 
@@ -85,7 +85,7 @@ class Regex:
             return [float(re.search(self.pattern, text) is not None) for text in completions]
         def form(text: str) -> str:
             return _normal(text, self.strip, self.ignore_case)
-        wanted = [_right_answers(value) for value in _column(columns, self.answer_key)]
+        wanted = [_right_answers(value) for value in column(columns, self.answer_key)]
         return [None if right is None else float(any(form(found) in map(form, right) for found in self._captured(text)))
                 for text, right in zip(completions, wanted, strict=True)]
 
@@ -130,13 +130,14 @@ class Length:
             raise ValueError(f"unit is one of {', '.join(_LENGTH)}, got {self.unit!r}")
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        ids = _column(columns, "completion_ids") if self.unit == "tokens" else [None] * len(completions)
+        ids = column(columns, "completion_ids") if self.unit == "tokens" else [None] * len(completions)
         cache = self.hard_limit - self.soft_limit
         lengths = [_LENGTH[self.unit](text, i) for text, i in zip(completions, ids, strict=True)]
         return [min(0.0, max(-1.0, (self.soft_limit - n) / cache)) for n in lengths]
 
 
-def _column(columns: Mapping[str, Any], name: str) -> Any:
+def column(columns: Mapping[str, Any], name: str) -> Any:
+    """A column that a reward asks for by name. Raises `LookupError` with the columns there are."""
     if name not in columns:
         raise LookupError(f"no row has a column '{name}'{did_you_mean(name, columns)}; "
                           f"the columns are {', '.join(sorted(columns)) or 'none'}")

@@ -1,30 +1,44 @@
-"""Score rollouts: call each reward once on all episodes of a step, check what it returns, place it on the last token.
+"""Score rollouts: have each reward called, apply its rules where it fails, place its outcome on the last token.
 
-A reward is any function with the TRL signature, plain or async. What it returns is never mended in silence. Knows
-rollouts and functions: no configuration, no model.
+A reward is any function with the TRL signature, plain or async. What it returns is never mended in silence, and where
+it fails, its rules say what becomes of the row:
+
+- `fail`: stop with reward, row and line (the default where it raises);
+- `drop_sample`: the episode is left out of learning (the default where it hangs or its process dies);
+- `drop_group`: all answers to its prompt are left out;
+- `zero`: the outcome is 0.
+
+An episode is left out by being excluded from every reward column, which is what None does for one column. All
+failures are counted, and too many of them stop the run. Knows rollouts and outcomes: no configuration, no model.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import math
-import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from posttrain.data import Rollouts, offsets_of
+from posttrain.data import Metric, Metrics, Rollouts, offsets_of
 from posttrain.errors import RewardError, did_you_mean
+from posttrain.rewards.calls import Failed, Origin, Outcome, Overdue, Raised, Returned, Wrong
+from posttrain.rewards.pool import Job, Pool, Traceback, ending
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+Rule = Literal["fail", "drop_sample", "drop_group", "zero"]
+
+CALL_ROWS = 16
+"""A reward in shared workers is called on whole groups, as many as make this number of rows."""
+RETRIED_ROWS = 8
+"""Rows that are called again one by one before failures are counted: a reward that always hangs is found out early."""
 
 
 class Entry(Protocol):
-    """A reward of a configuration: its name, what is called, and its weight in the sum."""
+    """A reward of a configuration: what is called, its weight in the sum, and its rules."""
 
     @property
     def name(self) -> str: ...
@@ -32,26 +46,69 @@ class Entry(Protocol):
     def call(self) -> Callable[..., Any]: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def timeout(self) -> float:
+        """Seconds for one call."""
+        ...
+    @property
+    def on_error(self) -> Rule: ...
+    @property
+    def on_timeout(self) -> Rule:
+        """Also where the process of the call dies."""
+        ...
+    @property
+    def origin(self) -> Origin | None: ...
 
 
-def score(rollouts: Rollouts, rewards: Sequence[Entry]) -> Rollouts:
+@dataclass(slots=True)
+class _Scores:
+    """Outcomes of one reward: the numbers, and the failure of each row that has none."""
+
+    numbers: np.ndarray
+    """[E] 0 where there is none"""
+    excluded: np.ndarray
+    """[E] bool, where the reward said None"""
+    failures: dict[int, Failed] = field(default_factory=dict)
+
+
+def score(rollouts: Rollouts, rewards: Sequence[Entry], pool: Pool,
+          max_error_rate: float = 0.05) -> tuple[Rollouts, Metrics]:
     """The rollouts with one reward column per entry; None from a reward excludes the episode from its column.
 
     A reward receives `prompts` (text, messages or token ids, as the rows hold them), `completions` (texts),
     `completion_ids` (the tokens that the policy chose) and every column of the rows as a list, None where a row lacks
-    it; of these, what its signature accepts.
+    it; of these, what its signature accepts. One from Python is called once on all episodes; one that a configuration
+    names is called on whole groups, several at a time, which do not depend on the number of workers. Rows of a call
+    that fails are called again one by one, so that a failure concerns its own row alone.
 
-    Raises `RewardError` naming reward and row where a reward raises, or returns the wrong length, something that is
-    neither a number nor None, or a number that is not finite.
+    `pool` holds the same rewards. Metrics: `NAME/errors`, `NAME/timeouts`, `NAME/respawned` (workers replaced),
+    and `dropped` (episodes left out).
+
+    Raises `RewardError` naming reward and row where a reward raises under `on_error: fail`, where more than
+    `max_error_rate` of the rows fail, and wherever it returns the wrong length, something that is neither a number nor
+    None, or a number that is not finite.
     """
-    columns = _columns(rollouts)
-    for entry in rewards:
-        if entry.name in rollouts.rewards:
+    for i, entry in enumerate(rewards):
+        if entry.name in rollouts.rewards or entry.name in [r.name for r in rewards[:i]]:
             raise RewardError(f"two rewards are called '{entry.name}'; give each its own name")
-        outcome, excluded = _outcomes(entry, columns, _labels(rollouts))
-        rollouts = replace(rollouts, rewards={**rollouts.rewards, entry.name: _on_last_token(rollouts, outcome)},
-                           excluded={**rollouts.excluded, entry.name: excluded})
-    return rollouts
+    before = dict(pool.respawned)
+    found, where = _called(rollouts, rewards, pool, max_error_rate), _labels(rollouts)
+    dropped = np.zeros(rollouts.n_episodes, bool)
+    metrics, columns, excluded = Metrics(), {}, {}
+    for entry, scores in zip(rewards, found, strict=True):
+        dropped |= _dropped(entry, scores, rollouts.group, where)
+        columns[entry.name] = _on_last_token(rollouts, scores.numbers)
+        excluded[entry.name] = scores.excluded
+        raised = sum(isinstance(f, Raised) for f in scores.failures.values())
+        metrics += {f"{entry.name}/errors": Metric(raised, reduction="sum"),
+                    f"{entry.name}/timeouts": Metric(len(scores.failures) - raised, reduction="sum"),
+                    f"{entry.name}/respawned": Metric(pool.respawned[entry.name] - before[entry.name],
+                                                      reduction="sum")}
+    columns, excluded = {**rollouts.rewards, **columns}, {**rollouts.excluded, **excluded}
+    nowhere = np.zeros(rollouts.n_episodes, bool)
+    return replace(rollouts, rewards=columns, excluded={
+        name: excluded.get(name, nowhere) | dropped for name in columns}), metrics + {
+        "dropped": Metric(float(dropped.sum()), reduction="sum")}
 
 
 def summed(rollouts: Rollouts, rewards: Sequence[Entry], column: str = "reward") -> Rollouts:
@@ -89,20 +146,120 @@ def _labels(rollouts: Rollouts) -> list[str]:
     return [prompt.where or f"number {e} of the step" for e, prompt in enumerate(rollouts.prompts)]
 
 
-def _outcomes(entry: Entry, columns: Mapping[str, list[Any]], where: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """[E] outcome of each episode, 0 where the reward does not apply, and [E] bool where it does not."""
-    if not where:
-        return np.zeros(0), np.zeros(0, bool)
-    accepted = _accepted(entry, columns)
-    try:
-        result = _called(entry.call, accepted)
-    except Exception as error:  # whatever the author's code raises becomes an error that names the row
-        row, cause = _first_failure(entry.call, accepted, error)
-        raise RewardError(_raised(entry, cause, "" if row is None else where[row])) from cause
-    _check_length(entry, result, len(where))
-    numbers = [_number(entry, value, row) for value, row in zip(result, where, strict=True)]
-    return (np.array([0.0 if x is None else x for x in numbers], np.float64),
-            np.array([x is None for x in numbers], bool))
+def _called(rollouts: Rollouts, rewards: Sequence[Entry], pool: Pool, max_error_rate: float) -> list[_Scores]:
+    """Outcomes of all rewards: calls on many rows first, then one by one the rows of those that failed."""
+    E = rollouts.n_episodes
+    found = [_Scores(np.zeros(E), np.zeros(E, bool)) for _ in rewards]
+    columns, where = _columns(rollouts), _labels(rollouts)
+    accepted = [_accepted(entry, columns) for entry in rewards] if E else []
+    def job(reward: int, rows: tuple[int, ...]) -> Job:
+        return Job(reward, rows, {n: [values[e] for e in rows] for n, values in accepted[reward].items()})
+    whole = tuple(range(E))
+    jobs = [job(i, rows) for i in range(len(accepted))
+            for rows in (_calls(rollouts.group) if pool.shared(i) else [whole])]
+    def run(jobs: Sequence[Job]) -> list[tuple[Job, Failed]]:
+        """Note what is final; calls on several rows that failed are not."""
+        failed = []
+        for j, result in zip(jobs, pool.run(jobs), strict=True):
+            if len(j.rows) > 1 and isinstance(result, Failed):
+                failed.append((j, result))
+            else:
+                _note(rewards[j.reward], found[j.reward], j.rows, result, where)
+        for entry, scores in zip(rewards, found, strict=True):
+            _stop_if_too_many(entry, scores, where, max_error_rate)
+        return failed
+    failed = run(jobs)
+    again = [job(j.reward, (row,)) for j, _ in failed for row in j.rows]
+    for start in range(0, len(again), RETRIED_ROWS):
+        run(again[start: start + RETRIED_ROWS])
+    for j, result in failed:
+        _together(rewards[j.reward], found[j.reward], j.rows, result)
+    return found
+
+
+def _calls(group: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """Rows of each call: consecutive whole groups until they are enough."""
+    rows: list[int] = []
+    for e in range(len(group)):
+        if len(rows) >= CALL_ROWS and group[e] != group[e - 1]:
+            yield tuple(rows)
+            rows = []
+        rows.append(e)
+    yield tuple(rows)
+
+
+def _note(entry: Entry, scores: _Scores, rows: Sequence[int], result: Outcome, where: Sequence[str]) -> None:
+    """Write an outcome down; a wrong answer ends it all."""
+    match result:
+        case Wrong(what, row):
+            blamed = "" if row is None else f" (row {where[rows[row]]}); return None where it does not apply"
+            raise RewardError(f"reward '{entry.name}' returned {what}{blamed}")
+        case Returned(numbers):
+            scores.numbers[list(rows)] = [0.0 if x is None else x for x in numbers]
+            scores.excluded[list(rows)] = [x is None for x in numbers]
+        case _:
+            scores.failures[rows[0]] = result
+
+
+def _together(entry: Entry, scores: _Scores, rows: Sequence[int], result: Failed) -> None:
+    """What a call on several rows failed of, where none of them fails alone."""
+    if len(rows) == 1 or any(row in scores.failures for row in rows):
+        return
+    match result:
+        case Raised():
+            message = _said(entry, result, " on the rows of this step together, though on none of them alone,")
+            raise RewardError(message) from Traceback(result.traceback)
+        case Overdue(seconds):
+            log.warning("reward '%s' took more than %g s on %d rows, though it hangs on none of them; its process was "
+                        "killed for it: raise rewards.%s.timeout", entry.name, seconds, len(rows), entry.name)
+        case _:
+            log.warning("reward '%s' lost its process on %d rows, though on none of them alone: %s", entry.name,
+                        len(rows), ending(result.code))
+
+
+def _stop_if_too_many(entry: Entry, scores: _Scores, where: Sequence[str], rate: float) -> None:
+    """Raise for the first row that must not fail, or where failures are more than a few."""
+    by_row = sorted(scores.failures.items())
+    fatal = [(row, failure) for row, failure in by_row if _rule(entry, failure) == "fail"]
+    share = len(by_row) / max(1, len(where))
+    if not fatal and share <= rate:
+        return
+    row, failure = (fatal or by_row)[0]
+    many = "" if fatal else (f"\n{len(by_row)} of {len(where)} rows failed, more than reward_workers.max_error_rate "
+                             f"({rate:g}) allows; this is the first of them")
+    cause = Traceback(failure.traceback) if isinstance(failure, Raised) else None
+    raise RewardError(_said(entry, failure, f" on row {where[row]}") + many) from cause
+
+
+def _rule(entry: Entry, failure: Failed) -> Rule:
+    return entry.on_error if isinstance(failure, Raised) else entry.on_timeout
+
+
+def _dropped(entry: Entry, scores: _Scores, group: np.ndarray, where: Sequence[str]) -> np.ndarray:
+    """[E] bool, episodes that the rules leave out of learning; every failure is told in the log."""
+    dropped = np.zeros(len(group), bool)
+    for row, failure in sorted(scores.failures.items()):
+        rule = _rule(entry, failure)
+        log.warning("%s", f"{_said(entry, failure, f' on row {where[row]}').splitlines()[0]}: {rule}")
+        if rule == "drop_sample":
+            dropped[row] = True
+        if rule == "drop_group":
+            dropped |= group == group[row]
+    return dropped
+
+
+def _said(entry: Entry, failure: Failed, row: str) -> str:
+    """A failure in words, the first line what it is, the second how to mend it."""
+    match failure:
+        case Raised(error, place, _):
+            return (f"reward '{entry.name}' raised {error}{row}{f' at {place}' if place else ''}\n"
+                    "mend the function; for rows to which it does not apply, let it return None")
+        case Overdue(seconds):
+            return (f"reward '{entry.name}' did not answer within {seconds:g} s{row}\n"
+                    f"mend the function, or raise rewards.{entry.name}.timeout")
+        case _:
+            return (f"reward '{entry.name}' ended its process ({ending(failure.code)}){row}\n"
+                    "mend the function: it used too much memory, or C code that it calls has a fault")
 
 
 def _on_last_token(rollouts: Rollouts, outcome: np.ndarray) -> np.ndarray:
@@ -129,68 +286,3 @@ def _accepted(entry: Entry, columns: Mapping[str, list[Any]]) -> dict[str, list[
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(columns)
     return {name: values for name, values in columns.items() if name in named}
-
-
-def _called(call: Callable[..., Any], columns: Mapping[str, list[Any]]) -> Any:
-    result = call(**columns)
-    return _awaited(result) if inspect.isawaitable(result) else result
-
-
-def _awaited(result: Awaitable[T]) -> T:
-    """Run an async reward to its end, also where an event loop is already running (a notebook)."""
-    async def run() -> T:
-        return await result
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, run()).result()
-
-
-def _first_failure(call: Callable[..., Any], columns: Mapping[str, list[Any]],
-                   error: Exception) -> tuple[int | None, Exception]:
-    """The first row on which the reward raises when it gets one row at a time; none where it then raises nowhere."""
-    for row in range(len(columns.get("completions", next(iter(columns.values()), [])))):
-        try:
-            _called(call, {name: values[row: row + 1] for name, values in columns.items()})
-        except Exception as alone:
-            return row, alone
-    return None, error
-
-
-def _raised(entry: Entry, error: Exception, where: str) -> str:
-    frame = next(reversed(traceback.extract_tb(error.__traceback__)), None)
-    line = f" at {frame.filename}:{frame.lineno}" if frame is not None else ""
-    row = f" on row {where}" if where else " on the rows of this step together, though on none of them alone,"
-    return (f"reward '{entry.name}' raised {type(error).__name__}: {error}{row}{line}\n"
-            "mend the function; for rows to which it does not apply, let it return None")
-
-
-def _check_length(entry: Entry, result: Any, expected: int) -> None:
-    if isinstance(result, str | bytes | Mapping) or not isinstance(result, Sequence | np.ndarray):
-        raise RewardError(f"reward '{entry.name}' returned {_shown(result)}, expected a list of {expected} numbers, "
-                          "one per completion (or None where the reward does not apply)")
-    if len(result) != expected:
-        raise RewardError(f"reward '{entry.name}' returned {len(result)} numbers for {expected} completions; return "
-                          "one per completion, in order, and None where the reward does not apply")
-
-
-def _number(entry: Entry, value: Any, where: str) -> float | None:
-    """One outcome, checked."""
-    if value is None:
-        return None
-    try:
-        number = None if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is not None and math.isfinite(number):
-        return number
-    said = (f"{_shown(value)}, which is no number" if number is None
-            else f"{number}, which is not finite; guard the division or the logarithm that made it")
-    raise RewardError(f"reward '{entry.name}' returned {said} (row {where}); return None where it does not apply")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:60] + '...'} ({type(value).__name__})"

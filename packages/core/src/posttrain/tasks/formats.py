@@ -5,12 +5,13 @@ Knows one row at a time and what a tokenizer can encode. Nothing about files, ep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.data import Prompt
-from posttrain.errors import DataError, Problem, did_you_mean
+from posttrain.errors import SHOWN, DataError, Problem, did_you_mean
 from posttrain.protocols import Tokenizer
 from posttrain.tokenizers import prompt_ids
 
@@ -63,22 +64,33 @@ def row_of(where: str, columns: Any) -> Row:
     return Row(where, columns)
 
 
-def detect(name: str, rows: Sequence[Mapping[str, Any]], prompt: str, messages: str, completion: str) -> Format:
-    """What the columns of file `name` mean, by what most of its rows hold; the keys are the names to look for."""
-    def count(column: str) -> int:
-        return sum(column in row for row in rows)
-    asked = max((prompt, messages), key=count)
-    if rows and not count(asked):
-        found = sorted({column for row in rows for column in row})
-        hint = did_you_mean(prompt, found) or did_you_mean(messages, found)
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names of the columns to look for, as the task configures them."""
+
+    prompt: str = "prompt"
+    messages: str = "messages"
+    completion: str = "completion"
+
+
+def detect(name: str, rows: Iterable[Mapping[str, Any]], keys: Keys) -> Format:
+    """What the columns of file `name` mean, by what most of its rows hold. Passes once over the rows, keeps none."""
+    total, present, answers, ends = 0, Counter[str](), Counter[str](), Counter[str]()
+    for row in rows:
+        total += 1
+        present.update(row.keys())
+        answers.update(c for c in {keys.completion, ANSWER_IN_RL2} if c in row and _is_answer(row[c]))
+        ends.update(c for c in {keys.prompt, keys.messages} if c in row and _last_role(row[c]) == "assistant")
+    asked = max((keys.prompt, keys.messages), key=lambda column: present[column])
+    if total and not present[asked]:
+        found = sorted(present)
+        hint = did_you_mean(keys.prompt, found) or did_you_mean(keys.messages, found)
         raise DataError([Problem(
-            f"no row has a column '{prompt}' or '{messages}'{hint}; the columns are {', '.join(found) or 'none'}: "
-            "name one by task.prompt_key or task.messages_key", name)])
-    answers = {c: [row[c] for row in rows if c in row] for c in (completion, ANSWER_IN_RL2)}
-    given = next((c for c, values in answers.items() if 2 * sum(map(_is_answer, values)) > len(values)), "")
-    last = [_last_role(row[asked]) for row in rows if asked in row]
-    answered = not given and 2 * last.count("assistant") > len(last)
-    return Format(asked, given, answered, rl2=count("extra_info") > 0)
+            f"no row has a column '{keys.prompt}' or '{keys.messages}'{hint}; the columns are "
+            f"{', '.join(found[:SHOWN]) or 'none'}: name one by task.prompt_key or task.messages_key", name)])
+    given = next((c for c in (keys.completion, ANSWER_IN_RL2) if 2 * answers[c] > present[c]), "")
+    answered = not given and 2 * ends[asked] > present[asked]
+    return Format(asked, given, answered, rl2=present["extra_info"] > 0)
 
 
 def _is_answer(value: Any) -> bool:
@@ -90,8 +102,8 @@ def _last_role(prompt: Any) -> Any:
     return last.get("role") if isinstance(last, Mapping) else None
 
 
-def prompt_of(row: Row, number: int, form: Format, tokenizer: Tokenizer, longest: int) -> Prompt | Sequence[Problem]:
-    """The prompt of a row, or everything that is wrong with the row."""
+def prompt_of(row: Row, number: int, form: Format) -> Prompt | Sequence[Problem]:
+    """The prompt of a row, or everything that is wrong with its columns."""
     wrong = [row.problem] if row.problem else []
     if not wrong:
         asked = _asked(row.columns, form, wrong)
@@ -100,11 +112,18 @@ def prompt_of(row: Row, number: int, form: Format, tokenizer: Tokenizer, longest
             extra[COMPLETION], asked = asked[-1]["content"], asked[:-1]
         elif form.completion:
             extra[COMPLETION] = _answer(row.columns, form.completion, wrong)
-    if not wrong:
-        text, messages = (asked, None) if isinstance(asked, str) else (None, asked)
-        prompt = Prompt(text=text, messages=messages, group=number, extra=extra, where=row.where)
-        wrong += _untokenizable(prompt, form, tokenizer, longest)
-    return [Problem(message, row.where) for message in wrong] if wrong else prompt
+    if wrong:
+        return [Problem(message, row.where) for message in wrong]
+    text, messages = (asked, None) if isinstance(asked, str) else (None, asked)
+    return Prompt(text=text, messages=messages, group=number, extra=extra, where=row.where)
+
+
+def problems_of(row: Row, number: int, form: Format, tokenizer: Tokenizer, longest: int) -> Sequence[Problem]:
+    """Everything that is wrong with a row, its columns and what the tokenizer makes of them; empty where it is good."""
+    made = prompt_of(row, number, form)
+    if isinstance(made, Prompt):
+        return [Problem(message, row.where) for message in _untokenizable(made, form, tokenizer, longest)]
+    return made
 
 
 def _asked(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> str | tuple[Message, ...] | None:

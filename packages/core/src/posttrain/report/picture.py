@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.checkpoint import JSON
 from posttrain.errors import InputError, PluginError, Problem
+from posttrain.report.history import Curves, checked_labels
 from posttrain.rundir import read_metrics
 
 if TYPE_CHECKING:
@@ -42,34 +41,16 @@ PANELS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Curves:
-    """The metrics of one run."""
-
-    label: str
-    records: Sequence[dict[str, JSON]]
-
-    def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values where the run has the metric; null, which was not finite, is a gap."""
-        having = [r for r in self.records if name in r]
-        return [r["step"] for r in having], [math.nan if r[name] is None else r[name] for r in having]
-
-    def first(self, names: Sequence[str]) -> str | None:
-        return next((name for name in names if self.column(name)[0]), None)
-
-
 def plot(run_directories: Sequence[Path], output: Path, labels: Sequence[str] | None = None) -> None:
     """Draw the panels for which some run has numbers; `.png` or `.svg` by the name of `output`.
 
     `labels` name the runs, by default by their directories. Raises `PluginError` where matplotlib is missing and
     `InputError` where no run has anything to draw or the format is not known.
     """
-    names = [path.resolve().name for path in run_directories] if labels is None else list(labels)
-    if len(names) != len(run_directories):
-        raise InputError([f"{len(names)} labels were given for {len(run_directories)} runs"])
+    names = checked_labels(run_directories, labels)
     if output.suffix not in FORMATS:
         raise InputError([Problem(f"a picture ends in {' or '.join(FORMATS)}", str(output))])
-    runs = [_Curves(name.replace("$", r"\$"), read_metrics(path)) for name, path in zip(names, run_directories)]
+    runs = [Curves(name.replace("$", r"\$"), read_metrics(path)) for name, path in zip(names, run_directories)]
     panels = _panels_of(runs)
     if not panels:
         raise InputError([Problem("no metrics to draw", ", ".join(map(str, run_directories)))],
@@ -82,7 +63,7 @@ def plot(run_directories: Sequence[Path], output: Path, labels: Sequence[str] | 
         raise InputError([Problem(f"cannot write: {error.strerror or error}", str(output))]) from error
 
 
-def _panels_of(runs: Sequence[_Curves]) -> list[Panel]:
+def _panels_of(runs: Sequence[Curves]) -> list[Panel]:
     """Panels with something to draw. Loss terms of a policy gradient say little; those of given answers say all."""
     rewarded = any(run.first(["reward/mean"]) for run in runs)
     losses = {name for run in runs for record in run.records for name in record if name.startswith("loss/")}
@@ -90,7 +71,7 @@ def _panels_of(runs: Sequence[_Curves]) -> list[Panel]:
     return [*training, *(panel for panel in PANELS if any(run.first(panel.names) for run in runs))]
 
 
-def _drawn(runs: Sequence[_Curves], panels: Sequence[Panel]) -> Figure:
+def _drawn(runs: Sequence[Curves], panels: Sequence[Panel]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -111,7 +92,7 @@ def _drawn(runs: Sequence[_Curves], panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[_Curves]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Curves]) -> None:
     beside = axes.twinx() if any(panel.beside and run.column(panel.beside)[0] for run in runs) else None
     for i, run in enumerate(runs):
         color = f"C{i % 10}"

@@ -1,0 +1,91 @@
+"""The pages of `docs/`: every key of ours in the tables exists, and the glossary is in order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from posttrain.annotations import hints_of
+from posttrain.config import RewardEntry
+from posttrain.recipes import RECIPES
+from posttrain.registry import discover
+from posttrain.schema import Settings
+
+DOCS = Path(__file__).parents[2] / "docs"
+REGISTRY = discover()
+
+
+def tables(text: str) -> Iterator[list[str]]:
+    """Cells of every row below the head of a table."""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if cells and not set(cells[0]) <= {"-"} and cells[1] != "here":
+            yield cells
+
+
+def named(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+OURS = sorted({key for row in tables((DOCS / "coming_from.md").read_text()) for key in named(row[1])})
+
+
+def exists(parts: Sequence[str], cls: Any = Settings) -> bool:
+    """Whether a dotted key stands in a dataclass, in a block of it, or in some component that fits there."""
+    found: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}
+    if parts[0] not in found:
+        return False
+    rest, meta = parts[1:], found[parts[0]].metadata
+    if meta.get("many"):  # a name of the user's stands between
+        rest = rest[1:]
+    if not rest:
+        return True
+    if kind := meta.get("kind"):
+        components = [REGISTRY.load(c) for c in REGISTRY.components(kind)]
+        own = kind == "reward" and exists(rest, RewardEntry)
+        return own or any(is_dataclass(c) and exists(rest, c) for c in components)
+    hint = hints_of(cls)[parts[0]]
+    return any(is_dataclass(h) and exists(rest, h) for h in (hint, *get_args(hint)))
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_a_key_of_ours_exists(key: str) -> None:
+    if key.startswith("posttrain "):
+        return
+    name, _, value = key.partition(": ")
+    if name == "recipe":
+        assert value in RECIPES
+        return
+    assert exists(name.split(".")), f"{name} is no key"
+    kind = next((f.metadata.get("kind") for f in fields(Settings) if f.name == name), None)
+    if value and kind:
+        assert value in REGISTRY.names(kind), f"{value} is no {kind}"
+
+
+def test_the_tables_are_read() -> None:
+    assert len(OURS) > 45 and "objective.clip_low" in OURS and "policy.adapter" in OURS
+    assert not exists(["objective", "clip_lo"]) and not exists(["rollouts"]) and not exists(["policy", "adapter", "x"])
+    assert exists(["policy", "adapter", "rank"]) and exists(["rewards", "mine", "weight"])
+
+
+def test_keys_in_remarks_exist_too() -> None:
+    """Dotted keys of ours in the last column and in the text above the tables."""
+    blocks = {f.name for f in fields(Settings)}
+    text = (DOCS / "coming_from.md").read_text() + (DOCS / "glossary.md").read_text()
+    remarks = [key for row in tables(text) for key in named(row[2])]
+    remarks += [key for line in text.splitlines() if not line.startswith("|") for key in named(line)]
+    dotted = {m[1] for key in remarks if (m := re.match(r"([a-z_]+(?:\.[a-z_]+)+)(?:$|: )", key))}
+    ours = {key for key in dotted if key.partition(".")[0] in blocks and not key.endswith(".yaml")}
+    assert len(ours) >= 8
+    assert [key for key in sorted(ours) if not exists(key.split("."))] == []
+
+
+def test_the_glossary_is_alphabetical_and_short() -> None:
+    lines = [line for line in (DOCS / "glossary.md").read_text().splitlines() if line.startswith("**")]
+    terms = [re.sub(r"[^a-z ]", " ", line.split("**")[1].lower()) for line in lines]
+    assert terms == sorted(terms) and len(set(terms)) == len(terms) > 40
+    assert all(len(line) < 330 for line in lines)
