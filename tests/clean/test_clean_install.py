@@ -74,6 +74,14 @@ def test_an_estimator_runs_without_a_framework(install: Callable[..., Path]) -> 
     assert finished(programs / "python", "-c", code).split() == ["0.5", "1.0"]
 
 
+def test_four_packages_and_one_extra_train_a_model_of_transformers(install: Callable[..., Path],
+                                                                   tmp_path: Path) -> None:
+    programs = install("packages/core", "packages/estimators", "packages/objectives", "packages/backends[hf]")
+    assert absent(programs, ("jax", "peft", "mlflow", "datasets", "reasoning_gym", "posttrain_tuning"))
+    script = Path(__file__).with_name("hf_run.py")
+    assert finished(programs / "python", script, tmp_path / "made").endswith("steps 2\n")
+
+
 def test_the_umbrella_brings_all_five(install: Callable[..., Path]) -> None:
     programs = install("packages/core", "packages/estimators", "packages/objectives", "packages/backends",
                        "packages/tuning", ".")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
-from typing import Any, SupportsIndex, final, overload
+from typing import Any, final
 
 from posttrain.errors import DataError, PluginError, Problem
 from posttrain.tasks.formats import Row, row_of
@@ -31,7 +31,7 @@ BATCH = 1024
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class ArrowRows(Sequence[Row]):
+class ArrowRows:
     """Rows of record batches; `starts[i]` is the number of the first row of batch `i`, the last the number of rows."""
 
     name: str
@@ -44,13 +44,7 @@ class ArrowRows(Sequence[Row]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, number: SupportsIndex) -> Row: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Row]: ...
-    def __getitem__(self, number: SupportsIndex | slice) -> Row | Sequence[Row]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Row:
         if self.stamp is not None:
             self.stamp.check()
         i = range(len(self))[number]

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, SupportsIndex, final, overload
+from typing import Any, final
 
 from posttrain.errors import DataError, Problem
 from posttrain.tasks.arrow import read_arrow, read_parquet
-from posttrain.tasks.formats import Row, row_of
+from posttrain.tasks.formats import Row, RowTable, row_of
 from posttrain.tasks.records import read_csv, read_jsonl
 from posttrain.tasks.source import Table
 
-Reader = Callable[[str, int], Sequence[Row]]
+Reader = Callable[[str, int], RowTable]
 """Path and number of rows (0: all) -> rows."""
 
 READERS: Mapping[str, Reader] = {
@@ -38,7 +38,7 @@ def read(path: str, limit: int = 0) -> Table:
     if not files:
         raise DataError([Problem("the rows cannot be read: the folder holds no file that ends in "
                                  f"{', '.join([*READERS, *PACKED])}", path)])
-    parts, left = list[Sequence[Row]](), limit
+    parts, left = list[RowTable](), limit
     for file in files:
         if limit and not left:
             break
@@ -47,7 +47,7 @@ def read(path: str, limit: int = 0) -> Table:
     return Table(path, Joined(parts, [0, *accumulate(map(len, parts))]))
 
 
-def given_rows(name: str, rows: Sequence[Any]) -> Sequence[Row]:
+def given_rows(name: str, rows: Sequence[Any]) -> RowTable:
     """Rows handed over from Python."""
     return [row_of(f"{name}[{i}]", columns) for i, columns in enumerate(rows)]
 
@@ -62,22 +62,16 @@ def _reader(path: str) -> Reader:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Joined(Sequence[Row]):
+class Joined:
     """The rows of several files one after the other; `starts[i]` is the number of the first row of file `i`."""
 
-    parts: Sequence[Sequence[Row]]
+    parts: Sequence[RowTable]
     starts: Sequence[int]
 
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, number: SupportsIndex) -> Row: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Row]: ...
-    def __getitem__(self, number: SupportsIndex | slice) -> Row | Sequence[Row]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Row:
         i = range(len(self))[number]
         part = bisect_right(self.starts, i) - 1
         return self.parts[part][i - self.starts[part]]

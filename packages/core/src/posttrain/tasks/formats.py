@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from posttrain.data import Prompt
 from posttrain.errors import SHOWN, DataError, Problem, did_you_mean
@@ -34,6 +34,14 @@ class Row:
     where: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+
+
+class RowTable(Protocol):
+    """The rows of a file or a data set, each read when it is asked for; iterating reads them in larger pieces."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Row: ...
+    def __iter__(self) -> Iterator[Row]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, SupportsIndex, final, overload
+from typing import Any, final
 
 from posttrain.errors import DataError, PluginError, Problem, did_you_mean
 from posttrain.protocols import PromptSource, RowRules, Tokenizer
@@ -120,7 +120,7 @@ then copy the folder and set task.path=FOLDER instead of task.name."""
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class HubRows(Sequence[Row]):
+class HubRows:
     """Rows of a `datasets.Dataset` in its Arrow form."""
 
     name: str
@@ -137,13 +137,7 @@ class HubRows(Sequence[Row]):
     def __len__(self) -> int:
         return self.size
 
-    @overload
-    def __getitem__(self, number: SupportsIndex) -> Row: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Row]: ...
-    def __getitem__(self, number: SupportsIndex | slice) -> Row | Sequence[Row]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Row:
         i = range(len(self))[number]
         (row,) = self._rows(i, i + 1)
         return row

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import BinaryIO, NamedTuple, SupportsIndex, final, overload
+from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Records(Sequence[Row]):
+class Records:
     """The rows of a text file.
 
     `starts[n + 1]` are the bytes where rows begin, and where the last ends. `passed` names, for each line that begins
@@ -55,13 +55,7 @@ class Records(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, number: SupportsIndex) -> Row: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Row]: ...
-    def __getitem__(self, number: SupportsIndex | slice) -> Row | Sequence[Row]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Row:
         i = range(len(self))[number]
         return self._row(i, self.storage.read(int(self.starts[i]), int(self.starts[i + 1])))
 

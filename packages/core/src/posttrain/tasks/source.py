@@ -17,7 +17,7 @@ import numpy as np
 from posttrain.data import Prompt
 from posttrain.errors import SHOWN, DataError, Problem
 from posttrain.protocols import PromptSource, RowRules, Tokenizer
-from posttrain.tasks.formats import Format, Keys, Row, detect, problems_of, prompt_of
+from posttrain.tasks.formats import Format, Keys, RowTable, detect, problems_of, prompt_of
 from posttrain.tasks.progress import shown
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Table:
     """The rows of one file or data set, and what it is called."""
 
     name: str
-    rows: Sequence[Row]
+    rows: RowTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def load(learn: Table, held_out: Table | None, keys: Keys, split: Split, shuffle
 class Prompts(Sequence[Prompt]):
     """The prompts of the rows `numbers` of a table, each read when it is asked for."""
 
-    rows: Sequence[Row]
+    rows: RowTable
     format: Format
     numbers: np.ndarray | range
 
@@ -112,6 +112,7 @@ class PromptRows:
     def take(self, cursor: int, count: int, seed: int) -> Sequence[Prompt]:
         """Rows `cursor .. cursor + count` of an endless sequence of epochs; a pure function of its arguments.
 
+        >>> from posttrain.tasks.formats import Row
         >>> rows = [Row(f"letters:{i}", {"prompt": text}) for i, text in enumerate("abc")]
         >>> source = PromptRows(Prompts(rows, Format("prompt"), range(3)))
         >>> sorted(p.text for p in source.take(3, 3, seed=7))
