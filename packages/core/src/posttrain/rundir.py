@@ -278,7 +278,7 @@ def describe(*, seed: int, threads: int, plugins: Sequence[str], user_files: Seq
     return {
         "posttrain": installed_version("posttrain-core"), "started": started, "seed": seed, "threads": threads,
         "plugins": {name: installed_version(name) for name in sorted(plugins)},
-        "frameworks": {name: installed_version(name) for name in ("numpy", "torch", "jax")},
+        "frameworks": {name: installed_version(name) for name in ("numpy", "torch", "jax", "transformers", "peft")},
         "python": platform.python_version(), "platform": platform.platform(), "host": socket.gethostname(),
         "cpu": _cpu_model(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
         "accelerators": accelerators(), "user_files": {str(path): _hash_of(path) for path in user_files},
