@@ -422,13 +422,13 @@ class Foreign:
     provides: frozenset[Output] = frozenset()
 
     def score(self, rollouts: Rollouts, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
-        raise NotImplementedError
+        raise AssertionError("it is refused before anything is asked of it")
 
     def params(self) -> Iterator[tuple[str, object]]:
         yield from ()
 
     def load_params(self, items: object, version: int) -> None:
-        raise NotImplementedError
+        raise AssertionError("it is refused before anything is asked of it")
 
 
 def test_a_policy_of_another_framework_is_refused_by_name() -> None:

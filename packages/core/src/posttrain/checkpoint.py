@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from posttrain.errors import CheckpointDamaged, PosttrainError
+from posttrain.errors import CheckpointDamaged, ConfigError, PosttrainError
 
 JSON = Any
 """What JSON can hold. Typed as `Any`: readers know the shape of what they wrote."""
@@ -34,6 +34,8 @@ FORMAT = 1
 """Version of the layout; a newer one is refused by name."""
 
 MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+"""Of a run directory."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(?:stage|deleting)-\d+-(\d{1,9})")
@@ -54,12 +56,17 @@ class Checkpoint:
     """name -> value; tuples came back as lists."""
 
 
-def installed_version(distribution: str) -> str:
-    """Version of an installed distribution, or `unknown` where it runs from its source alone."""
+def found_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None where there is none."""
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "unknown"
+        return None
+
+
+def installed_version(distribution: str) -> str:
+    """The same in words: `unknown` where it is not there, or runs from its source alone."""
+    return found_version(distribution) or "unknown"
 
 
 def save(root: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]], values: Mapping[str, JSON], *,
@@ -106,7 +113,10 @@ def newest(root: Path, *, fallback: bool) -> Path | None:
     one is damaged; with `fallback` the newest intact one is taken, and only if none is intact it raises.
     """
     damage: CheckpointDamaged | None = None
-    for _, path in reversed(_published(root)):
+    for _, path in reversed(_steps(root)):
+        if not (path / MANIFEST).exists():
+            logger.info("%s has no %s: it was never completed and is not used", path, MANIFEST)
+            continue
         try:
             verify(path)
         except CheckpointDamaged as error:
@@ -119,6 +129,14 @@ def newest(root: Path, *, fallback: bool) -> Path | None:
     if damage is not None:
         raise damage
     return None
+
+
+def require_newest(run: Path, *, fallback: bool) -> Path:
+    """`newest` of a run's checkpoints. Raises `ConfigError` where it has none."""
+    found = newest(run / FOLDER, fallback=fallback)
+    if found is None:
+        raise ConfigError([f"{run} has no checkpoint yet"], next_step=f"go on with it: posttrain resume {run}")
+    return found
 
 
 def tidy(root: Path) -> None:
@@ -151,16 +169,15 @@ def verify(path: Path) -> dict[str, JSON]:
     return manifest
 
 
-def _published(root: Path) -> list[tuple[int, Path]]:
+def published(root: Path) -> list[tuple[int, Path]]:
     """Published steps and their directories, rising. Ordered by step, never by time stamps."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        if match := _STEP.fullmatch(path.name):
-            if (path / MANIFEST).exists():
-                found.append((int(match[1]), path))
-            else:
-                logger.info("%s has no %s: it was never completed and is not used", path, MANIFEST)
-    return sorted(found)
+    return [(step, path) for step, path in _steps(root) if (path / MANIFEST).exists()]
+
+
+def _steps(root: Path) -> list[tuple[int, Path]]:
+    """All directories of steps, also those that were never completed."""
+    found = [(_STEP.fullmatch(path.name), path) for path in (root.iterdir() if root.is_dir() else ())]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _write_stage(stage: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]],
@@ -237,7 +254,7 @@ def _publish(stage: Path, published: Path) -> None:
 
 def _prune(root: Path, step: int, keep: int) -> None:
     """Delete the oldest before `step`, so that `keep` remain with it."""
-    older = [path for number, path in _published(root) if number < step]
+    older = [path for number, path in published(root) if number < step]
     for path in older[:max(len(older) - (keep - 1), 0)] if keep else ():
         try:
             _delete(path)

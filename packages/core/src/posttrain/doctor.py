@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal, final
 
+from posttrain.checkpoint import found_version
 from posttrain.hookspecs import ENTRY_POINT_GROUP
 from posttrain.registry import Registry
+from posttrain.rewards.pool import usable_cores
 
 PACKAGES = ("posttrain-core", "posttrain-estimators", "posttrain-objectives", "posttrain-backends", "posttrain-tuning",
             "posttrain")
@@ -77,17 +79,9 @@ print(json.dumps({"version": torch.__version__, "built for CUDA": torch.version.
 
 def examine(registry: Registry, installed: Installed | None = None) -> list[Finding]:
     """Everything, in the order of the sections. `installed` is asked for versions, by default of this environment."""
-    version = installed_version if installed is None else installed
+    version = found_version if installed is None else installed
     return [*_python(), *packages(version), *libraries(extras(version), version), *conflicts(version), *machine(),
             *devices(version), *plugins(registry)]
-
-
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def packages(installed: Installed) -> Iterator[Finding]:
@@ -158,7 +152,7 @@ def machine() -> Iterator[Finding]:
     """Processors, threads and memory."""
     import psutil
 
-    cores, usable = os.cpu_count() or 1, _usable_cores()
+    cores, usable = os.cpu_count() or 1, usable_cores()
     set_by = os.environ.get("OMP_NUM_THREADS")
     yield Finding("machine", "processors", f"{cores}, of which this process may use {usable}")
     yield Finding("machine", "OMP_NUM_THREADS", set_by or "not set",
@@ -253,16 +247,6 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", "python", f"{platform.python_version()} ({platform.python_implementation()}) at "
                   f"{sys.executable}", "ok" if supported else "broken", "" if supported else "use Python 3.11 or later")
     yield Finding("python", "platform", platform.platform())
-
-
-def _usable_cores() -> int:
-    """Processors this process may use; not every system tells."""
-    import psutil
-
-    try:
-        return len(psutil.Process().cpu_affinity())
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def is_broken(findings: Iterable[Finding]) -> bool:

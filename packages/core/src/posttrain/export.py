@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain import checkpoint, config
 from posttrain.compose import importing, policy_request
-from posttrain.errors import ConfigError, InputError, Problem
+from posttrain.errors import InputError, Problem
 from posttrain.protocols import Tokenizer
 from posttrain.registry import Registry, discover
 from posttrain.report import history
@@ -130,20 +130,14 @@ def digest(path: Path) -> str:
 
 
 def _checkpoint(path: Path, step: int | None, fallback: bool) -> Path:
-    root = path / "checkpoints"
     if step is None:
-        found = checkpoint.newest(root, fallback=fallback)
-        if found is None:
-            raise ConfigError([f"{path} has no checkpoint yet"], next_step=f"go on with it: posttrain resume {path}")
-        return found
-    wanted = root / f"step-{step:06d}"
-    if not (wanted / checkpoint.MANIFEST).is_file():
-        there = sorted(p.parent.name.removeprefix("step-").lstrip("0") or "0"
-                       for p in root.glob(f"step-*/{checkpoint.MANIFEST}"))
-        raise InputError([Problem(f"there is no checkpoint of step {step}", str(root))],
-                         next_step=f"steps with one: {', '.join(sorted(there, key=int)) or 'none'} "
+        return checkpoint.require_newest(path, fallback=fallback)
+    there = dict(checkpoint.published(path / checkpoint.FOLDER))
+    if step not in there:
+        raise InputError([Problem(f"there is no checkpoint of step {step}", str(path / checkpoint.FOLDER))],
+                         next_step=f"steps with one: {', '.join(map(str, there)) or 'none'} "
                                    "(checkpoint.keep says how many stay)")
-    return wanted
+    return there[step]
 
 
 def _write_settings(folder: Path, settings: Settings, tokenizer: Tokenizer) -> None:

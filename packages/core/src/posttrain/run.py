@@ -142,9 +142,7 @@ def opened(directory: str | Path, overrides: Sequence[str]) -> tuple[Run, Parts]
     path = Path(directory)
     require_run(path)
     loaded = config.load(path / CONFIG, overrides, discover())
-    found = checkpoint.newest(path / "checkpoints", fallback=loaded.settings.resume.fallback)
-    if found is None:
-        raise ConfigError([f"{path} has no checkpoint yet"], next_step=f"go on with it: posttrain resume {path}")
+    found = checkpoint.require_newest(path, fallback=loaded.settings.resume.fallback)
     parts = build(loaded)
     run = Run(path, loaded.settings, initial_state(parts, loaded.settings))
     restore(run, parts, checkpoint.load(found))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 
+from posttrain.checkpoint import FOLDER as CHECKPOINTS
 from posttrain.checkpoint import JSON, installed_version
 from posttrain.errors import DataError, InputError, PosttrainError, Problem, RunInUse, did_you_mean
 
@@ -104,7 +105,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._there_before: frozenset[Path] | None = None
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         """Given to `checkpoint.save`, `newest` and `tidy`."""
         with ExitStack() as undo:
             self._lock = _locked(path)

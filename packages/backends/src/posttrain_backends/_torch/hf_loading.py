@@ -15,6 +15,7 @@ from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.hf import (
+    TOLERANCE,
     HFModel,
     adapted,
     attends_to_all,
@@ -27,9 +28,6 @@ from posttrain_backends.hf import source_of, unreachable
 
 if TYPE_CHECKING:
     from posttrain_backends.hf import HF, Lora
-
-PACKING_TOLERANCE = 1e-4
-"""Relative to the largest hidden state: a leak between sequences is far larger."""
 
 
 def load(spec: HF, request: LoadRequest) -> TorchLearner:
@@ -125,7 +123,7 @@ def require_rows(model: HFModel, vocab_size: int) -> None:
 def follows_trees(model: HFModel) -> bool:
     """Whether prompts can be computed once for all their answers."""
     try:
-        return attends_to_all(model.causal.config) and tree_error(model) <= PACKING_TOLERANCE
+        return attends_to_all(model.causal.config) and tree_error(model) <= TOLERANCE
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):  # the module takes no such mask
         return False
 
@@ -135,7 +133,7 @@ def packs(spec: HF, model: HFModel) -> bool:
     if spec.packing == "never" or (spec.packing == "auto" and not spec.attention.startswith("flash")):
         return False
     error = packing_error(model)
-    if error > PACKING_TOLERANCE and spec.packing == "always":
+    if error > TOLERANCE and spec.packing == "always":
         raise ConfigError([f"policy.packing: packed sequences of {type(model.causal).__name__} are not kept apart "
                            f"(hidden states differ by {error:.1e} of the largest); set packing: never"])
-    return error <= PACKING_TOLERANCE
+    return error <= TOLERANCE

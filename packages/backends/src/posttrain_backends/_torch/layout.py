@@ -127,12 +127,21 @@ def similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
     return groups
 
 
+def padded(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs `starts[i] .. starts[i] + lengths[i]` as rows of a rectangle, the last of each repeated behind it, and where
+    the runs themselves are.
+
+    >>> padded(np.array([0, 3]), np.array([3, 2]))[0]
+    array([[0, 1, 2],
+           [3, 4, 4]])
+    """
+    column = np.arange(lengths.max(initial=0))[None, :]
+    return starts[:, None] + np.minimum(column, lengths[:, None] - 1), column < lengths[:, None]
+
+
 def _block(offsets: np.ndarray, cells: np.ndarray, first: np.ndarray, group: np.ndarray,
            device: torch.device | str) -> Block:
-    starts, lengths = offsets[:-1][group], np.diff(offsets)[group]
-    columns = int(lengths.max(initial=0))
-    column = np.arange(columns)[None, :]
-    cell = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
-    gives = (column < lengths[:, None]) & (first[cells[cell]] == cell)
-    return Block(rows=len(group), columns=columns, gather=torch.from_numpy(cells[cell].ravel()).to(device),
+    cell, real = padded(offsets[:-1][group], np.diff(offsets)[group])
+    gives = real & (first[cells[cell]] == cell)
+    return Block(rows=cell.shape[0], columns=cell.shape[1], gather=torch.from_numpy(cells[cell].ravel()).to(device),
                  scatter=torch.from_numpy(np.flatnonzero(gives)).to(device))

@@ -6,15 +6,15 @@ cheaper than a row per sequence where beginnings are long and continuations shor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 import torch
+from posttrain.data import ragged_indices
 from torch import Tensor
 
-from posttrain_backends._torch.layout import Block, Layout, similar_lengths
+from posttrain_backends._torch.layout import Block, Layout, padded, similar_lengths
 
 _MASK_CELLS = 2**24
 """Most cells of one mask: 64 MiB in float32."""
@@ -50,12 +50,13 @@ def forest(layout: Layout, hidden_size: int) -> Forest | None:
     largest = max(len(group) * int(sizes[group].max()) ** 2 for group in groups)
     if _cost(sizes, hidden_size) >= _cost(lengths, hidden_size) or largest > _MASK_CELLS:
         return None
-    members = np.split(np.argsort(tree, kind="stable"), np.cumsum(sizes)[:-1])
+    members, begin = np.argsort(tree, kind="stable"), np.cumsum(sizes) - sizes  # the tokens of one tree after the other
     shared = lengths - np.bincount(owner, minlength=len(lengths))  # tokens a sequence has of its trunk
     device, positions = layout.positions.device, layout.positions.cpu().numpy()
     blocks, masks = [], []
     for group in groups:
-        gather, real = _padded([members[t] for t in group])
+        cell, real = padded(begin[group], sizes[group])
+        gather = members[cell]
         own, at = owner[gather], positions[gather]
         same = own[:, :, None] == own[:, None, :]
         before = (own[:, None, :] == trunk[own][:, :, None]) & (at[:, None, :] < shared[own][:, :, None])
@@ -63,18 +64,10 @@ def forest(layout: Layout, hidden_size: int) -> Forest | None:
         blocks.append(Block(gather.shape[0], gather.shape[1], torch.from_numpy(gather.ravel()).to(device),
                             torch.from_numpy(np.flatnonzero(real)).to(device)))
         masks.append(torch.from_numpy(sees[:, None]).to(device))
-    order = np.concatenate([members[t] for group in groups for t in group])
+    order = np.concatenate([members[ragged_indices(begin[group], sizes[group])] for group in groups])
     return Forest(tuple(blocks), tuple(masks), torch.from_numpy(np.argsort(order)).to(device))
 
 
 def _cost(lengths: np.ndarray, hidden_size: int) -> float:
     return float(np.sum(lengths * (1 + lengths / (6 * hidden_size))))
 
-
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens as a rectangle, the last token of each repeated behind it, and where the rows themselves are."""
-    lengths = np.array([len(row) for row in rows])
-    column = np.arange(lengths.max())[None, :]
-    starts = np.cumsum(lengths) - lengths
-    cell = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
-    return np.concatenate(rows)[cell], column < lengths[:, None]

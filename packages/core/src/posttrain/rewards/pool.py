@@ -323,8 +323,12 @@ def _travels(origin: Origin | None) -> bool:
 
 def _workers_at_hand(training_threads: int) -> int:
     """Cores that training does not keep busy, one of them the run's own at least; between 1 and `MOST`."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(MOST, max(1, cores - max(1, training_threads)))
+    return min(MOST, max(1, usable_cores() - max(1, training_threads)))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of them where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _reaped(pid: int) -> int:

@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, final, runtime_checkable
 
-from posttrain.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
+from posttrain.checkpoint import FOLDER as CHECKPOINTS
+from posttrain.checkpoint import published
 from posttrain.protocols import ObservedRun
 from posttrain.rundir import CONFIG, MANIFEST, SAMPLES
 from posttrain.trackers.ledger import Ledger, Record, Status, ledger_path, read_records, waiting
@@ -165,9 +166,8 @@ class Courier:
 
     def _checkpoints(self) -> dict[int, Path]:
         """Published checkpoints that are not announced, by step; those deleted in the meantime are gone."""
-        found = {int(path.parent.name.removeprefix("step-")): path.parent
-                 for path in (self.directory / "checkpoints").glob(f"step-*/{CHECKPOINT_MANIFEST}")}
-        return {step: found[step] for step in sorted(found.keys() - set(self.ledger.checkpoints))}
+        return {step: path for step, path in published(self.directory / CHECKPOINTS)
+                if step not in self.ledger.checkpoints}
 
     def _files(self, names: Sequence[str]) -> list[tuple[Path, str]]:
         """Files that are not attached as they are now, with their SHA-256."""

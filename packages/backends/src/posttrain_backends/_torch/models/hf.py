@@ -7,6 +7,7 @@ probe proves that the module keeps packed sequences apart, they may be packed in
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,8 +31,8 @@ MASKED = frozenset({"sdpa", "eager"})
 """Attention that takes a mask of our own; another one is changed to torch's while there is one."""
 _LARGE_LOGIT = 1e3
 """Far above every soft cap."""
-_TOLERANCE = 1e-4
-"""Of the probes, in float32 and relative to the largest hidden state."""
+TOLERANCE = 1e-4
+"""Of the probes, in float32 and relative to the largest hidden state: what is not exact is far above it."""
 
 
 class HFModel:
@@ -40,10 +41,10 @@ class HFModel:
     `causal` is the whole `AutoModelForCausalLM`; its trunk and its output matrix are used apart from each other.
     """
 
-    def __init__(self, causal: PreTrainedModel, precision: Precision, *, packed: bool = False,
-                 gradient_checkpointing: bool = False) -> None:
-        self.causal, self.precision, self.packed = causal, precision, packed
-        self.trees = False
+    def __init__(self, causal: PreTrainedModel, precision: Precision, *, gradient_checkpointing: bool = False) -> None:
+        self.causal, self.precision = causal, precision
+        self.packed = self.trees = False
+        """Whether sequences stand in one row, and shared beginnings once: only where a probe proved it exact."""
         self.trunk: nn.Module = causal.base_model
         self._takes_positions = "position_ids" in _parameters(self.trunk)
         self._trains_in_train_mode = gradient_checkpointing
@@ -77,7 +78,8 @@ class HFModel:
         """[M] token ids -> [M, H]."""
         with self.autocast(), self._mode():
             if self.packed and len(tokens):
-                return self._run(tokens[None], layout.positions[None]).last_hidden_state[0]  # type: ignore[no-any-return]
+                together: Tensor = self._run(tokens[None], layout.positions[None]).last_hidden_state
+                return together[0]
             if self.trees and (found := forest(layout, self.output_weight.shape[1])) is not None:
                 return self._over(found, tokens, layout)
             parts = [block.unpad(self._run(block.pad(tokens)).last_hidden_state) for block in layout.blocks]
@@ -148,9 +150,8 @@ class HFModel:
 class CachedHFModel(HFModel):
     """A module whose every layer keeps keys and values of all tokens, so that it can continue from our own cache."""
 
-    def __init__(self, causal: PreTrainedModel, precision: Precision, *, packed: bool = False,
-                 gradient_checkpointing: bool = False) -> None:
-        super().__init__(causal, precision, packed=packed, gradient_checkpointing=gradient_checkpointing)
+    def __init__(self, causal: PreTrainedModel, precision: Precision, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__(causal, precision, gradient_checkpointing=gradient_checkpointing)
         with torch.no_grad():
             tokens = torch.zeros(1, dtype=torch.long, device=self.device)
             _, keys, values = self.prefill(tokens, Layout.from_offsets([0, 1], self.device))
@@ -189,7 +190,8 @@ class CachedHFModel(HFModel):
         with self.autocast(), self._mode(), self._masked_attention():
             out = self._run(tokens[:, None], positions[:, None], attention_mask=mask[:, None, None, :],
                             past_key_values=Cache(layers=layers), use_cache=True)
-        return out.last_hidden_state[:, 0]  # type: ignore[no-any-return]  # the library's modules are untyped here
+        hidden: Tensor = out.last_hidden_state
+        return hidden[:, 0]
 
 
 class _Row(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed here
@@ -250,8 +252,6 @@ def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _parameters(module: nn.Module) -> frozenset[str]:
     """Names that the module's `forward` takes."""
-    import inspect
-
     return frozenset(inspect.signature(module.forward).parameters)
 
 
@@ -270,7 +270,7 @@ def cached_or_not(causal: PreTrainedModel, precision: Precision, *, gradient_che
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as raised:
             reason = f"{type(raised).__name__}: {raised}"
         else:
-            if error <= _TOLERANCE:
+            if error <= TOLERANCE:
                 return cached
             reason = f"hidden states differ by {error:.1e} of the largest"
     log.warning("%s is drawn from without a cache of keys and values, which is slow: %s",
@@ -340,7 +340,7 @@ def require_plain_head(model: HFModel) -> None:
             logits = model.causal(input_ids=tokens[None], use_cache=False).logits[0] / factor
         finally:
             enlarged.remove()
-    if (error := float((logits - own).abs().max() / own.abs().max())) > _TOLERANCE:
+    if (error := float((logits - own).abs().max() / own.abs().max())) > TOLERANCE:
         raise ConfigError([f"the logits of {type(model.causal).__name__} are not its hidden states times its output "
                            f"matrix (they differ by {error:.1e} of the largest); a bias, scale or soft cap on logits "
                            "is not supported yet"])

@@ -33,7 +33,7 @@ class Norm(nn.RMSNorm):
     def linears(self, x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
         """The normed x [M, H] times each of the matrices [O, H], transposed."""
         if torch.is_grad_enabled() and x.device.type == "cpu":
-            made = _NormedLinears.apply(x, self.weight, self.eps, *matrices)  # type: ignore[no-untyped-call]
+            made = _NormedLinears.apply(x, self.weight, self.eps, *matrices)  # type: ignore[no-untyped-call]  # as above
             return cast(tuple[Tensor, ...], made)
         normed = self(x)
         return tuple(F.linear(normed, matrix) for matrix in matrices)
