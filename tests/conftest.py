@@ -11,5 +11,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+pytest_plugins = ["pytester"]  # the contract kit's own behaviour in pytest is tested with it
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")

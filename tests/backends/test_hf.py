@@ -18,7 +18,7 @@ from posttrain.data import Counts, Loss, Prompt, Rollouts, Sampling, Term, Weigh
 from posttrain.errors import ConfigError, DataError, PluginError  # noqa: E402
 from posttrain.protocols import LoadRequest, Optimization, Output  # noqa: E402
 from posttrain_backends._torch.layout import Layout  # noqa: E402
-from posttrain_backends._torch.models.hf import CachedHFModel, HFModel, cache_error, packing_error  # noqa: E402
+from posttrain_backends._torch.models.hf import CachedHFModel, HFModel, cache_error, merged, packing_error  # noqa: E402
 from posttrain_backends.engines import Batched  # noqa: E402
 from posttrain_backends.hf import HF, HFTokenizer, Lora  # noqa: E402
 
@@ -213,6 +213,13 @@ def test_a_saved_folder_gives_the_library_equal_logits(adapter, folder, tmp_path
     assert not list(tmp_path.glob("adapter*"))
 
 
+def test_saving_copies_only_the_weights_that_the_adapter_changes(folder):
+    causal = load(folder("llama, tied"), adapter=Lora(rank=2, targets=("q_proj", "v_proj"))).model.causal
+    live = {t.data_ptr() for t in causal.state_dict().values()}
+    copied = {name for name, t in merged(causal).items() if t.data_ptr() not in live}
+    assert copied == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (0, 1) for x in "qv"}
+
+
 def test_an_adapter_alone_is_trained_and_kept_and_begins_as_the_model_itself(folder):
     request = LoadRequest(V, seed=5, optimization=Optimization(lr=0.01))
     learner, base = load(folder("llama"), request, adapter=Lora(rank=4)), plain(folder("llama"))
@@ -250,8 +257,8 @@ def test_prompts_are_computed_once_where_that_is_proved_exact(name, folder):
     learner, given = load(folder(name)), rollouts(prompt=20, answers=(3, 2, 1, 4))
     assert learner.model.shares_prompts == (name in TREES)
     widths = []
-    run = learner.model._run
-    learner.model._run = lambda tokens, *rest, **named: widths.append(tokens.numel()) or run(tokens, *rest, **named)
+    run = learner.model.run
+    learner.model.run = lambda tokens, *rest, **named: widths.append(tokens.numel()) or run(tokens, *rest, **named)
     found = learner.score(given, LOGPROBS, 1.0).logprobs
     assert (sum(widths) == 20 + 10 - 4) == (name in TREES)
     np.testing.assert_allclose(found, own_logprobs(plain(folder(name)), given), rtol=0, atol=2e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from posttrain.batching import FirstFit, StepData, counts_of, cut, first_fit_decreasing, smaller_budget, units_of
+from posttrain.batching import FirstFit, StepData, counts_of, cut, plan_by_group, smaller_budget, units_of
 from posttrain.data import MicroBatch, Weights
 from posttrain.errors import MemoryExhausted
 from ragged import rollouts
@@ -14,7 +14,7 @@ from ragged import rollouts
 
 def literal_first_fit(costs: list[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    for item in range(len(costs)):
         for b in bins:
             if sum(costs[i] for i in b) + costs[item] <= budget:
                 b.append(item)
@@ -25,10 +25,39 @@ def literal_first_fit(costs: list[int], budget: int) -> list[list[int]]:
 
 
 @given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 100))
-def test_plan_is_first_fit_decreasing(costs: list[int], budget: int) -> None:
-    plan = [b.tolist() for b in first_fit_decreasing(np.array(costs, int), budget)]
+def test_plan_is_first_fit(costs: list[int], budget: int) -> None:
+    plan = [b.tolist() for b in FirstFit().plan(np.array(costs, int), budget)]
     assert plan == literal_first_fit(costs, budget)
     assert sorted(i for b in plan for i in b) == list(range(len(costs)))
+
+
+UNITS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4)), max_size=60)
+
+
+@given(UNITS, st.integers(1, 100))
+def test_a_plan_by_group_is_first_fit_of_the_costliest_group_s_costliest_unit(
+        units: list[tuple[int, int]], budget: int) -> None:
+    total = {g: sum(c for c, other in units if other == g) for _, g in units}
+    order = sorted(range(len(units)), key=lambda i: (-total[units[i][1]], units[i][1], -units[i][0], i))
+    costs, groups = (np.array([unit[i] for unit in units], int) for i in (0, 1))
+    plan = [b.tolist() for b in plan_by_group(FirstFit(), costs, groups, budget)]
+    assert plan == [[order[i] for i in b] for b in literal_first_fit(costs[order].tolist(), budget)]
+    assert sorted(i for b in plan for i in b) == list(range(len(units)))
+    assert all(len(b) == 1 or sum(costs[b]) <= budget for b in plan)
+
+
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 100))
+def test_units_of_different_groups_are_planned_by_first_fit_decreasing(costs: list[int], budget: int) -> None:
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    plan = plan_by_group(FirstFit(), np.array(costs, int), np.arange(len(costs)), budget)
+    assert [b.tolist() for b in plan] == [
+        [order[i] for i in b] for b in literal_first_fit([costs[i] for i in order], budget)]
+
+
+def test_answers_of_one_prompt_are_in_one_part_where_they_fit() -> None:
+    groups, lengths = np.repeat(np.arange(4), 4), np.tile([9, 4, 2, 1], 4)
+    plan = plan_by_group(FirstFit(), 10 + lengths, groups, int((10 + lengths[:4]).sum()))
+    assert [sorted(set(groups[b])) for b in plan] == [[0], [1], [2], [3]]
 
 
 def test_budget_must_be_positive() -> None:

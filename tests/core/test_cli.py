@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import posttrain
 import pytest
 import typer
 from posttrain import cli, run, scaffold
+from posttrain.catalogue import field_docs
 from posttrain.errors import CheckpointDamaged, InputError
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.protocols import KINDS
@@ -92,6 +94,12 @@ class BrokenCommands:
         raise RuntimeError("no commands")
 
 
+def raised(cls: type) -> int:
+    """The line of a class on which it raises: its last."""
+    lines, first = inspect.getsourcelines(cls)
+    return first + len(lines) - 1
+
+
 class Commands:
     """A plugin with a command of its own."""
 
@@ -112,9 +120,11 @@ def test_broken_and_foreign_plugins_are_told_loudly(capsys: pytest.CaptureFixtur
     code, out, err = called(capsys, "plugins", "estimator")
     assert (code, out) == (0, "")
     assert err.splitlines() == [
-        "BROKEN plugin BrokenCommands: commands: RuntimeError: no commands",
-        "BROKEN plugin Broken: RuntimeError: no such luck",
-        "IGNORED plugin from-tomorrow: it is written for 'posttrain.v2', another version of the plugin interface"]
+        f"BROKEN plugin BrokenCommands: commands: RuntimeError: no commands (test_cli.py:{raised(BrokenCommands)})",
+        f"BROKEN plugin Broken: RuntimeError: no such luck (test_cli.py:{raised(Broken)})",
+        "  -> mend what was handed over",
+        "IGNORED plugin from-tomorrow: it is written for 'posttrain.v2', another version of the plugin interface",
+        "  -> install from-tomorrow's version for 'posttrain.v1', or uninstall it"]
     broken = json.loads(called(capsys, "plugins", "--json")[1])
     assert broken["broken"][0]["distribution"] == "Broken" and broken["foreign"][0]["group"] == "posttrain.v2"
 
@@ -143,7 +153,7 @@ def test_every_component_can_be_shown_and_has_documented_fields(capsys: pytest.C
         code, out, err = called(capsys, "show", component.kind, component.name)
         assert (code, err) == (0, "") and component.summary in out
         target = found.load(component)
-        undocumented = set(getattr(target, "__dataclass_fields__", {})) - set(cli.field_docs(target))
+        undocumented = set(getattr(target, "__dataclass_fields__", {})) - set(field_docs(target))
         assert not undocumented, f"{component.target}: {undocumented}"
 
 

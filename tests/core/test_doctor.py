@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from distributions import install
 from posttrain import cli, doctor
 from posttrain.doctor import Finding
 from posttrain.hookspecs import Component, hookimpl
@@ -31,6 +32,10 @@ class APlugin:
     @hookimpl
     def components(self) -> tuple[Component, ...]:
         return self.declared
+
+
+class Another(APlugin):
+    """A second one."""
 
 
 def only(findings: list[Finding], status: str) -> list[Finding]:
@@ -119,21 +124,60 @@ def test_whatever_the_other_process_does_is_an_answer(code: str, says: str) -> N
     assert found is None and says in error
 
 
-def test_plugins_broken_foreign_clashing_and_without_their_module() -> None:
+def test_plugins_broken_foreign_left_out_and_clashing() -> None:
     def point(name: str, group: str, value: str) -> metadata.EntryPoint:
         return metadata.EntryPoint(name, value, group)
     first = APlugin(Component("estimator", "mine", "json:JSONDecoder", "one"))
-    second = APlugin(Component("estimator", "mine", "json:JSONDecoder", "two"),
-                     Component("reward", "lost", "no_such_module.at_all:X", "gone"))
-    registry = discover([first, second], entry_points=[
-        point("old", "posttrain.v0", "a:b"), point("bad", "posttrain.v1", "no_such_module_here")])
+    second = Another(Component("estimator", "mine", "json:JSONDecoder", "two"))
+    registry = discover([first, second], environ={"POSTTRAIN_BLOCK": "unwanted"}, entry_points=[
+        point("old", "posttrain.v0", "a:b"), point("bad", "posttrain.v1", "no_such_module_here"),
+        point("unwanted", "posttrain.v1", "a:b")])
     found = list(doctor.plugins(registry))
-    assert [f.name for f in only(found, "broken")] == ["APlugin", "bad"]
-    missing, bad = only(found, "broken")
-    assert "no_such_module.at_all" in missing.value and "POSTTRAIN_BLOCK=bad" in bad.remedy
-    foreign, clash = only(found, "note")
+    (bad,) = only(found, "broken")
+    assert bad.name == "bad" and bad.remedy.endswith("POSTTRAIN_BLOCK=unwanted,bad"), "the one that is there stays"
+    foreign, left, clash = only(found, "note")
     assert "posttrain.v0" in foreign.value and "posttrain.v1" in foreign.remedy
-    assert clash.name == "estimator 'mine'" and "APlugin/mine" in clash.remedy
+    assert (left.name, left.value) == ("unwanted", "is left out by POSTTRAIN_BLOCK")
+    assert clash.name == "estimator 'mine'" and "APlugin/mine or Another/mine" in clash.remedy
+
+
+def test_components_that_cannot_be_used_are_found_in_a_process_of_their_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    install(tmp_path, "careless", """
+from posttrain.hookspecs import Component, hookimpl
+print("hello")
+@hookimpl
+def components():
+    yield Component("estimator", "lost", "no_such_module.at_all:X", "a module that is not there")
+    yield Component("reward", "silent", "careless_under_test:reward", " ")
+    yield Component("reward", "wrong", "careless_under_test:Reward", "a field that is not there", {"pont": 2})
+    yield Component("reward", "constant", "careless_under_test:NUMBER", "nothing that can be called")
+    yield Component("reward", "right", "careless_under_test:Reward", "as it should be", {"point": 2})
+from dataclasses import dataclass
+NUMBER = 3
+@dataclass(frozen=True)
+class Reward:
+    point: float = 1.0
+def reward(prompts, completions, **columns): return [0.0] * len(prompts)
+""", requires=["posttrain-core"])
+    found = {f.name: f for f in doctor.components() if "careless" in f.name}
+    assert {name.partition(" (")[0]: f.status for name, f in found.items()} == {
+        "estimator 'lost'": "broken", "reward 'silent'": "note", "reward 'wrong'": "broken",
+        "reward 'constant'": "broken"}
+    assert "No module named 'no_such_module'" in found["estimator 'lost' (careless)"].value
+    assert found["reward 'wrong' (careless)"].value == \
+        "its defaults name what is no field of careless_under_test:Reward: 'pont'; did you mean 'point'?"
+    assert "is no class and no function, but 3" in found["reward 'constant' (careless)"].value
+    assert found["reward 'silent' (careless)"].value == "has no summary"
+
+
+def test_what_is_known_and_not_installed_is_listed() -> None:
+    bare = discover(environ={}, entry_points=())
+    found = {f.name: f for f in doctor.not_installed(bare)}
+    assert "estimator: dr_grpo, gae, grpo, " in found["posttrain-estimators"].value
+    assert found["posttrain-estimators"].remedy == "pip install posttrain-estimators"
+    assert list(doctor.not_installed(discover(environ={}))) == [], "here all are installed"
 
 
 def test_it_imports_no_framework() -> None:

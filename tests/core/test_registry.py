@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,12 @@ from typing import Any
 
 import posttrain
 import pytest
+from distributions import install
 from posttrain.errors import ConfigError, PluginError
 from posttrain.hookspecs import Component, hookimpl
+from posttrain.known import INDEX, known
 from posttrain.protocols import KINDS
-from posttrain.registry import Broken, Foreign, Registry, discover, import_file
+from posttrain.registry import Broken, Foreign, LeftOut, Registry, discover, import_file
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -38,16 +41,7 @@ def components():
 """
 
 
-def install(folder: Path, distribution: str, source: str, *, version: str = "0.1.0", group: str = "posttrain.v1",
-            requires: Sequence[str] = ()) -> None:
-    """An installed distribution with one plugin module, as pip leaves it behind."""
-    module = distribution.replace("-", "_") + "_under_test"
-    (folder / f"{module}.py").write_text(source)
-    info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
-    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {r}" for r in requires)]) + "\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\nplugin = {module}\n")
+YIELDS = "from posttrain.hookspecs import Component, hookimpl\n@hookimpl\ndef components():\n"
 
 
 def plugin_source(name: str, **defaults: Any) -> str:
@@ -132,7 +126,24 @@ def test_a_clash_fails_only_where_the_ambiguous_name_is_used(site: Path) -> None
     ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
     ("def components(): return []", "TypeError: implements no hook; mark its functions with "
                                     "@posttrain.hookspecs.hookimpl"),
-    ("raise SystemExit(3)", "SystemExit: 3"),
+    ("raise SystemExit(3)", "SystemExit: 3 (a_broken_under_test.py:1)"),
+    ("class Stop(BaseException): pass\nraise Stop('so be it')", "Stop: so be it (a_broken_under_test.py:2)"),
+    ("1 +", "SyntaxError: invalid syntax"),
+    (YIELDS + "    yield Component('kl', 'a', 'm:C', 'one')\n    raise LookupError('half way')",
+     "LookupError: half way (a_broken_under_test.py:5)"),
+    (YIELDS + "    pass", "TypeError: components() returned None; return or yield its components"),
+    (YIELDS + "    return Component('kl', 'a', 'm:C', 'one')", "it must return or yield several components, as a list"),
+    (YIELDS + "    yield Component('kl', 'a/b', 'm:C', 'one')",
+     "declares kl 'a/b'; a name begins with a letter and holds letters, digits, '_', '-' and '.' alone"),
+    (YIELDS + "    yield Component('kl', 'my kl', 'm:C', 'one')", "declares kl 'my kl'; a name begins"),
+    (YIELDS + "    yield Component('kl', '', 'm:C', 'one')", "declares kl ''; a name begins"),
+    (YIELDS + "    yield Component('kl', 'a', 'm.C', 'one')", "target 'm.C', which must be 'module:Class'"),
+    (YIELDS + "    yield Component('kl', 'a', 'm:', 'one')", "target 'm:', which must be 'module:Class'"),
+    (YIELDS + "    yield Component('kl', 'a', 'm:C', None, source=3)",
+     "with summary=None, source=3, which must be text"),
+    (YIELDS + "    yield Component('kl', 7, 'm:C', 'one')", "with name=7, which must be text"),
+    (YIELDS + "    yield Component('kl', 'a', 'm:C', 'one', ['x'])", "defaults=['x'], which must map names"),
+    (YIELDS + "    yield Component('kl', 'a', 'm:C', 'one', {1: 2})", "defaults={1: 2}, which must map names"),
     (PLUGIN.replace("def components", "def componets"), "unknown hook 'componets'"),
     ("from posttrain.hookspecs import hookimpl\n@hookimpl\ndef run_started(rum): pass", "rum"),
     ("from posttrain.hookspecs import hookimpl\n@hookimpl\ndef components(): return ['gae']", "'gae'"),
@@ -146,8 +157,168 @@ def test_a_broken_plugin_harms_no_other(site: Path, source: str, reason: str) ->
     assert [b.distribution for b in registry.broken] == ["a-broken"]
     assert reason in registry.broken[0].error
     assert registry.create("estimator", "vtrace").gamma == 1.0
+    assert registry.broken[0].remedy == "mend or upgrade it, or leave it out: POSTTRAIN_BLOCK=a-broken"
     with pytest.raises(PluginError, match="broken plugins: a-broken"):
-        registry.resolve("estimator", "gae")
+        registry.resolve("estimator", "mine")
+
+
+def test_ctrl_c_during_an_import_goes_on_and_names_the_plugin(site: Path) -> None:
+    install(site, "a-plugin", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt) as stop:
+        found_in(site)
+    assert stop.value.__notes__ == ["interrupted while plugin a-plugin was imported; to leave it out: "
+                                    "POSTTRAIN_BLOCK=a-plugin"]
+
+
+def test_what_a_plugin_prints_goes_to_stderr(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, "a-plugin", "print('imported')\n" + plugin_source("a").replace(
+        "def components():\n", "def components():\n    print('asked')\n").replace(
+            "{__name__}:Trace", "printing_under_test:C"))
+    (site / "printing_under_test.py").write_text("print('component')\nclass C: pass\n")
+    registry = found_in(site)
+    registry.load(registry.resolve("estimator", "a"))
+    assert tuple(capsys.readouterr()) == ("", "imported\nasked\ncomponent\n")
+
+
+def test_a_component_that_ends_the_process_on_import_is_broken(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("a").replace("{__name__}", "leaving_under_test"))
+    (site / "leaving_under_test.py").write_text("import sys\nsys.exit('no GPU')\n")
+    registry = found_in(site)
+    with pytest.raises(PluginError, match=r"estimator 'a' \(a-plugin\) is broken: leaving_under_test:Trace: "
+                                          r"SystemExit: no GPU \(leaving_under_test.py:2\)"):
+        registry.create("estimator", "a")
+
+
+def test_two_entry_points_of_one_distribution(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("a"))
+    (site / "second_under_test.py").write_text(plugin_source("b"))
+    points = site / "a_plugin-0.1.0.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "second = second_under_test\nagain = a_plugin_under_test\n")
+    registry = found_in(site)
+    assert registry.broken == () and registry.names("estimator") == ("a", "b"), "the same module twice counts once"
+    assert [p.distribution for p in registry.plugins] == ["a-plugin", "a-plugin"]
+    (site / "third_under_test.py").write_text(plugin_source("b"))
+    points.write_text(points.read_text() + "third = third_under_test\n")
+    with pytest.raises(PluginError) as error:
+        found_in(site).resolve("estimator", "b")
+    assert message(error) == ("estimator 'b' is declared twice by a-plugin 0.1.0 (second_under_test:Trace and "
+                              "third_under_test:Trace); its authors must rename one of the two")
+
+
+def test_one_module_of_two_distributions_is_the_first_ones(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("a"))
+    install(site, "b-plugin", "")
+    (site / "b_plugin-0.1.0.dist-info" / "entry_points.txt").write_text("[posttrain.v1]\nx = a_plugin_under_test\n")
+    registry = found_in(site)
+    assert [b.error.partition(" (")[0] for b in registry.broken] == [
+        "ValueError: its entry point names the same module as that of a-plugin; uninstall one of the two"]
+    assert registry.names("estimator") == ("a",)
+
+
+def test_one_object_or_file_twice_counts_once(tmp_path: Path) -> None:
+    plugin, file = Declaring(Component("kl", "a", "m:C", "")), tmp_path / "b.py"
+    file.write_text(plugin_source("b"))
+    registry = discover([plugin, file, plugin], environ={}, entry_points=()).extended([file])
+    assert registry.broken == () and len(registry.plugins) == 2
+    file.write_text(plugin_source("c"))
+    assert registry.extended([file]).names("estimator") == ("c",), "a file that changed is read anew"
+
+
+def test_a_plugin_that_cannot_be_in_a_set_breaks_no_other() -> None:
+    class Unhashable(Declaring):
+        __hash__ = None  # type: ignore[assignment]  # the point of the test
+
+    registry = discover([Unhashable(), Declaring(Component("kl", "a", "m:C", ""))], environ={}, entry_points=())
+    assert [b.error for b in registry.broken] == ["TypeError: unhashable type: 'Unhashable'"]
+    assert registry.names("kl") == ("a",)
+
+
+def test_the_environment_holds_for_cores_own_components_too() -> None:
+    without = discover(environ={"POSTTRAIN_BLOCK": "posttrain-core"})
+    assert without.names("tokenizer") == ("hf",) and without.names("estimator")
+    alone = discover(environ={"POSTTRAIN_PLUGINS": "posttrain_core"})
+    assert {p.distribution for p in alone.plugins} == {"posttrain-core"} and alone.names("tracker")
+    for registry, kind, name, says in (
+            (without, "tracker", "jsonl",
+             "tracker 'jsonl' is in posttrain-core, which POSTTRAIN_BLOCK leaves out: take it out of there"),
+            (alone, "estimator", "gae",
+             "estimator 'gae' is in posttrain-estimators, which POSTTRAIN_PLUGINS leaves out: add it there")):
+        with pytest.raises(PluginError) as error:
+            registry.resolve(kind, name)
+        assert message(error) == says
+
+
+# --- names known, but not installed -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "name", "says"), [
+    ("estimator", "gae", "estimator 'gae' is in posttrain-estimators, which is not installed: "
+                         "pip install posttrain-estimators"),
+    ("estimator", "posttrain_estimators/gae", "estimator 'posttrain_estimators/gae' is in posttrain-estimators, which "
+                                              "is not installed: pip install posttrain-estimators"),
+    ("backend", "hf", "backend 'hf' is in posttrain-backends, which is not installed: "
+                      "pip install 'posttrain-backends[hf]'"),
+    ("tracker", "wandb", "tracker 'wandb' is in posttrain-core, which is not installed: "
+                         "pip install 'posttrain-core[wandb]'"),
+    ("estimator", "ga", "estimator 'ga' not found; did you mean 'gae' (posttrain-estimators, not installed: "
+                        "pip install posttrain-estimators)?  installed: none  all: posttrain plugins estimator"),
+    ("estimator", "other/gae", "estimator 'other/gae' not found; did you mean 'gae' (posttrain-estimators, not "
+                               "installed: pip install posttrain-estimators)?  installed: none  "
+                               "all: posttrain plugins estimator"),
+    ("estimator", "hf", "estimator 'hf' not found  installed: none  all: posttrain plugins estimator"),
+])
+def test_a_component_of_a_package_that_is_not_installed_says_what_to_install(kind: str, name: str, says: str) -> None:
+    with pytest.raises(PluginError) as error:
+        discover(environ={}, entry_points=()).resolve(kind, name)
+    assert message(error) == says
+
+
+def test_a_package_that_is_there_without_the_component_says_why(site: Path) -> None:
+    install(site, "posttrain-estimators", plugin_source("vtrce"), version="0.0.1")
+    install(site, "posttrain-objectives", "1 / 0")
+    install(site, "posttrain-backends", "", group="posttrain.v0")
+    registry = found_in(site)
+    for kind, name, says in (
+            ("estimator", "gae", "which is installed as 0.0.1 without it: pip install --upgrade posttrain-core "
+                                 "posttrain-estimators"),
+            ("kl", "fixed", "which is broken: ZeroDivisionError: division by zero "
+                            "(posttrain_objectives_under_test.py:1)  "
+                            "mend or upgrade it, or leave it out: POSTTRAIN_BLOCK=posttrain-objectives"),
+            ("backend", "hf", "which is installed for 'posttrain.v0', another version of the plugin interface: pip "
+                              "install --upgrade posttrain-core posttrain-backends")):
+        with pytest.raises(PluginError) as error:
+            registry.resolve(kind, name)
+        assert message(error).partition(", ")[2] == says
+
+
+def test_the_index_of_known_components_is_fresh() -> None:
+    tool = import_file(Path(__file__).parents[2] / "tools" / "known_components.py")
+    assert tool.index() == INDEX.read_text("utf-8"), "run: python tools/known_components.py"
+
+
+def test_every_extra_that_a_component_names_is_one_of_its_distribution() -> None:
+    for component in known():
+        offered = metadata.metadata(component.distribution).get_all("Provides-Extra") or []
+        assert component.extra in ("", *offered), component
+
+
+# --- hooks told on stderr ---------------------------------------------------------------------------------------------
+
+def test_hooks_are_traced_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    declaring = Declaring(Component("kl", "a", "m:C", "one"), Component("kl", "b", "m:C", "two"))
+    given = [declaring, Observing([], RuntimeError("disk full")), Observing([], SystemExit(3))]
+    for environ in ({}, {"POSTTRAIN_TRACE_HOOKS": "0"}):
+        discover(given, environ=environ, entry_points=()).hooks.step_finished(None, 3, {"reward": 0.5})
+    assert capsys.readouterr().err == ""
+    registry = discover(given, environ={"POSTTRAIN_TRACE_HOOKS": "1"}, entry_points=())
+    failed = registry.hooks.step_finished(None, 3, {"reward": 0.5, "long": 1.0, "more": 2.0, "most": 3.0})
+    assert [b.error.partition(" (")[0] for b in failed] == ["step_finished: RuntimeError: disk full",
+                                                            "step_finished: SystemExit: 3"], "told, and not stopped"
+    first, *others = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"hook Declaring: components\(\) -> 2 of \(Component\(.*, \.\.\.\) in \d+\.\d ms", first)
+    arguments = r"\(run=None, step=3, metrics=\{'long': 1.0, 'more': 2.0, 'most': 3.0, \.\.\.\}\)"
+    assert len(others) == 2
+    assert re.fullmatch(rf"hook Observing: step_finished{arguments} raised RuntimeError: disk full in .* ms", others[0])
+    assert re.fullmatch(rf"hook Observing: step_finished{arguments} raised SystemExit: 3 in .* ms", others[1])
 
 
 def test_a_misspelled_hook_is_told_the_hooks(site: Path) -> None:
@@ -171,6 +342,8 @@ def test_the_environment_allows_and_blocks(site: Path) -> None:
     assert found_in(site, {"POSTTRAIN_PLUGINS": "a-plugin"}).names("estimator") == ("a",)
     assert found_in(site, {"POSTTRAIN_PLUGINS": "a-plugin,b-plugin", "POSTTRAIN_BLOCK": "b-plugin"}
                     ).names("estimator") == ("a",)
+    assert found_in(site, {"POSTTRAIN_PLUGINS": "a-plugin,b-plugin", "POSTTRAIN_BLOCK": "b-plugin"}
+                    ).left_out == (LeftOut("b-plugin", "POSTTRAIN_BLOCK"),)
     missing = found_in(site, {"POSTTRAIN_PLUGINS": "a-plugin, c-plugin"})
     assert missing.broken == (Broken("c-plugin", "named by POSTTRAIN_PLUGINS, but not installed"),)
 
@@ -207,6 +380,23 @@ def test_a_target_that_does_not_exist_is_the_plugins_fault(site: Path) -> None:
                          ("other", r"is broken: gone_altogether:Trace: No module named")):
         with pytest.raises(PluginError, match=reason):
             registry.create("estimator", name)
+
+
+def test_a_preset_of_fields_that_are_not_there_is_the_plugins_fault(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("vtrace", rho_mx=2.0))
+    with pytest.raises(ConfigError) as error:
+        found_in(site).create("estimator", "vtrace")
+    assert message(error) == ("estimator 'vtrace' (a-plugin) is broken: its defaults name what is no field of "
+                              "a_plugin_under_test:Trace: 'rho_mx'; did you mean 'rho_max'?")
+
+
+def test_a_function_takes_no_fields(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("f").replace(":Trace", ":f") + "\ndef f(prompts, completions): return []\n")
+    registry = found_in(site)
+    assert registry.create("estimator", "f").__name__ == "f"
+    with pytest.raises(ConfigError, match="estimator: f takes no fields, since a_plugin_under_test:f is no dataclass; "
+                                          "given: by"):
+        registry.create("estimator", "f", by=2)
 
 
 def test_wrong_fields_are_told_all_at_once(site: Path) -> None:
@@ -271,7 +461,7 @@ def test_a_file_is_executed_again_only_where_it_changed(tmp_path: Path) -> None:
 class Observing:
     """A plugin that notes what it is told."""
 
-    def __init__(self, told: list[tuple[Any, ...]], error: Exception | None = None) -> None:
+    def __init__(self, told: list[tuple[Any, ...]], error: BaseException | None = None) -> None:
         self.told, self.error = told, error
 
     @hookimpl
@@ -286,7 +476,8 @@ def test_every_observer_is_told_though_one_raises() -> None:
     registry = discover([Observing(told, RuntimeError("disk full")), Observing(told)], environ={}, entry_points=())
     failed = registry.hooks.step_finished(None, 3, {"reward": 0.5})
     assert told == [(3, {"reward": 0.5})] * 2
-    assert failed == (Broken("Observing", "step_finished: RuntimeError: disk full"),)
+    assert [b.distribution for b in failed] == ["Observing"]
+    assert failed[0].error.startswith("step_finished: RuntimeError: disk full (test_registry.py:")
     assert registry.hooks.run_started(None) == registry.hooks.run_finished(None, None) == ()
 
 

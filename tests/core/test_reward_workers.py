@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from posttrain.config import RewardEntry
+from posttrain.config import RewardEntry, load
 from posttrain.data import Metrics, Prompt, Rollouts
-from posttrain.errors import PluginError, RewardError
+from posttrain.errors import ConfigError, PluginError, RewardError
 from posttrain.registry import discover
 from posttrain.rewards import pool as pools
 from posttrain.rewards.calls import Ended, Origin, Overdue, Raised, Returned
@@ -424,7 +424,7 @@ def test_busy_workers_end_with_the_pool(forked: Make) -> None:
 
 ORPHANS = """
 import sys, time
-from posttrain.config import RewardEntry
+from posttrain.config import RewardEntry, load
 from posttrain.rewards.calls import Origin
 from posttrain.rewards.pool import Job, Pool
 
@@ -574,3 +574,61 @@ def test_code_whose_process_cannot_start_is_no_wrong_answer(monkeypatch: pytest.
 def test_code_all_or_nothing() -> None:
     tests = ["assert f(1) == 2", "assert f(1) == 3"]
     assert Code(all_or_nothing=True)(prompts=[""], completions=["def f(x): return x + 1"], tests=[tests]) == [0.0]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward that is a model: what it loads notes its process and how many rows came together."""
+
+    calls: list[tuple[int, int]]
+    loads: list[int]
+
+    def load(self, threads: int) -> Callable[..., list[float | None]]:
+        self.loads.append(threads)
+
+        def judged(prompts: list[Any], completions: list[str]) -> list[float | None]:
+            self.calls.append((os.getpid(), len(completions)))
+            return [act(text) for text in completions]
+        act = names["act"]
+        return judged
+
+
+def test_a_model_is_loaded_once_and_called_in_this_process_on_all_rows(make: Make,
+                                                                       caplog: pytest.LogCaptureFixture) -> None:
+    judge = Judge([], [])
+    model = RewardEntry("judge", judge, origin=Origin("nowhere:Judge"))
+    entries = (make("deeds"), model)
+    with Pool(entries, count=1, training_threads=3) as pool:
+        pool.load(0)
+        assert judge.loads == []
+        pool.load(1)
+        for _ in range(2):
+            found, _ = score(rollouts({5: "none"}), entries, pool, 1.0)
+            assert outcomes(found, "judge") == outcomes(found, "deeds")
+            assert np.flatnonzero(found.excluded["judge"]).tolist() == [5]
+        assert not pool.shared(1)
+    assert judge.loads == [3] and judge.calls == [(os.getpid(), ROWS)] * 2
+    assert not caplog.records, "no word of a fork, which a model does not need"
+
+
+def test_rows_on_which_a_model_raises_are_found_one_by_one_and_fall_under_its_rule() -> None:
+    judge = Judge([], [])
+    found, metrics = scored(rollouts({5: "raise"}), RewardEntry("judge", judge, on_error="drop_sample"))
+    assert judge.loads == [0], "loaded where it is first needed"
+    assert outcomes(found, "judge") == [0.0 if e == 5 else e for e in range(ROWS)]
+    assert np.flatnonzero(found.excluded["judge"]).tolist() == [5]
+    assert metrics.values_by_name()["judge/errors"] == 1
+    assert [rows for _, rows in judge.calls] == [ROWS] + [1] * ROWS
+    with pytest.raises(RewardError, match=r"reward 'judge' raised ZeroDivisionError.* on row d.jsonl:6(.|\n)*"
+                                          r"rewards\.judge\.on_error: drop_sample"):
+        scored(rollouts({5: "raise"}), RewardEntry("judge", judge))
+
+
+def test_a_configuration_takes_models_and_refuses_what_is_neither_model_nor_function() -> None:
+    judge = Judge([], [])
+    given = load({"rewards": {"a": {"use": judge, "weight": 2.0}}}, (), discover())
+    assert given.settings.rewards["a"].call is judge and given.settings.rewards["a"].weight == 2.0
+    with pytest.raises(ConfigError, match=r"rewards\.a\.timeout: a reward that is a model is called in the training"):
+        load({"rewards": {"a": {"use": judge, "timeout": 3.0}}}, (), discover())
+    with pytest.raises(ConfigError, match=r"rewards\.a: object can neither be called nor loaded"):
+        load({"rewards": {"a": {"use": object()}}}, (), discover())

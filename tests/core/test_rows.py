@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,9 @@ from hypothesis import strategies as st
 from posttrain.data import Prompt
 from posttrain.errors import DataError
 from posttrain.protocols import RowRules
+from posttrain.tasks import records
+from posttrain.tasks import source as sources
+from posttrain.tasks.formats import Row
 from posttrain.tasks.rows import Rows
 from posttrain.tasks.source import PromptRows
 from posttrain.tokenizers import Bytes, Characters
@@ -211,13 +216,19 @@ def test_no_prompt_column_suggests_one(tmp_path: Path) -> None:
 
 
 def test_rows_from_python() -> None:
-    task = Rows(rows=(GOOD, {"prompt": "b", "key": {1, 2}}), held_out_rows=({"prompt": "c"},), shuffle=False)
+    task = Rows(rows=(GOOD, {"prompt": "b", "key": (1, 2)}), held_out_rows=({"prompt": "c"},), shuffle=False)
     source = task.load(BYTES, RULES)
     assert [p.where for p in source.take(0, 2, 0)] == ["rows[0]", "rows[1]"]
-    assert source.take(1, 1, 0)[0].extra == {"key": {1, 2}}
+    assert source.take(1, 1, 0)[0].extra == {"key": [1, 2]}  # as a resumed run reads it from the file
     assert [(p.text, p.where) for p in source.held_out()] == [("c", "held_out_rows[0]")]
     with pytest.raises(DataError, match=r"rows\[1\]"):
         Rows(rows=(GOOD, {"prompt": ""})).load(BYTES, RULES)
+
+
+def test_rows_from_python_that_cannot_be_kept_are_named_before_a_run_begins() -> None:
+    rows = (GOOD, {"prompt": "b", "key": {1, 2}}, {"prompt": "c", "key": "\ud800"})
+    with pytest.raises(DataError, match=r"2 of 3 rows cannot be kept(.|\n)*rows\[1\](.|\n)*rows\[2\]"):
+        Rows(rows=rows).load(BYTES, RULES)
 
 
 def test_limit_cuts_the_rows_to_learn_from(tmp_path: Path) -> None:
@@ -273,3 +284,36 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_unshuffled_rows_keep_their_order() -> None:
     taken = PromptRows(SOURCE.train, shuffle=False).take(5, 5, 0)
     assert [p.text for p in taken] == ["5", "6", "0", "1", "2"]
+
+
+@pytest.mark.parametrize("first", [{"prompt": "a"}, {"text": "a"}])
+def test_what_the_first_rows_hold_does_not_decide(tmp_path: Path, first: dict[str, str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meaning of the columns is guessed by the first rows, and found by all."""
+    monkeypatch.setattr(sources, "_FIRST", 1)
+    rest = [{"messages": [USER, ASSISTANT]}] * 3
+    with pytest.raises(DataError, match=r"1 of 4 rows cannot be used(.|\n)*'messages' is missing(.|\n)*:1\)"):
+        loaded(written(tmp_path, first, *rest))
+    found = loaded(written(tmp_path, first, *rest), RowRules(on_bad_row="skip"))
+    assert [(p.messages, p.extra["completion"]) for p in found] == [((USER,), "hello")] * 3
+
+
+def indexed_slowly(data: bytes, limit: int) -> list[tuple[int, bytes]]:
+    """Line and content of the rows that are not blank, by the definition."""
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return rows[: limit or None]
+
+
+@given(st.lists(st.sampled_from([b"\n", b"\r\n", b" ", b"\t", b'{"a": 1}', b" {}", b"x\x0b"]), max_size=30),
+       st.booleans(), st.integers(0, 6), st.integers(1, 9))
+def test_the_index_of_lines(parts: list[bytes], marked: bool, limit: int, block: int) -> None:
+    data = b"\xef\xbb\xbf" * marked + b"".join(parts)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(records, "BLOCK", block)
+        patch.setattr(records, "AT_ONCE", 3)
+        (path := Path(folder, "rows.jsonl")).write_bytes(data)
+        found = replace(records.read_jsonl(str(path), limit), parse=lambda raw, where: Row(where, {"raw": raw}))
+        wanted = [(f"{path}:{number}", line) for number, line in indexed_slowly(data, limit)]
+        for rows in (list(found), [found[i] for i in range(len(found))]):
+            assert [(row.where, row.columns["raw"].partition(b"\n")[0]) for row in rows] == wanted

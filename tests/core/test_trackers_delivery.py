@@ -246,13 +246,42 @@ def test_a_hanging_sink_is_left_behind(files: RunDirectory, caplog: pytest.LogCa
     start = time.monotonic()
     session.finished(None)
     assert 0.15 < time.monotonic() - start < 1 and sorted(taken)[100] < 1e-4
-    assert "200 records did not arrive at here (no answer within 0.2 s)" in caplog.text
+    assert "200 records did not arrive at here (no answer for 0.2 s)" in caplog.text
     before = (files.path / "tracking").glob("*.json")
     texts = [path.read_text() for path in before]
     server.hang.set()  # type: ignore[union-attr]  # given above
     session._thread.join(5)
     assert [path.read_text() for path in (files.path / "tracking").glob("*.json")] == texts  # it left no trace
     assert server.records == [] and json.loads(texts[0])["status"] == "finished"
+
+
+@pytest.mark.parametrize("way", ["hanging", "down"])
+def test_a_server_silent_for_long_is_not_waited_for(files: RunDirectory, way: str,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last attempt, however much longer a living server would be given; then what its client holds is let go."""
+    monkeypatch.setattr(delivery, "LAST_TRY", 0.1)
+    hang, given_up = threading.Event(), list[float]()
+    server = Server(finish_timeout=0.5, hang=hang if way == "hanging" else None, down=way == "down")
+    session = Delivery("kept", server, Run(files.path), interval=0.01,
+                       give_up=lambda: given_up.append(time.monotonic()))
+    write(files, range(1, 3))
+    time.sleep(0.6)
+    start = time.monotonic()
+    session.finished(None)
+    assert len(given_up) == 1 and given_up[0] - start < 0.4
+    hang.set()
+
+
+def test_a_server_that_only_begins_to_answer_is_waited_for(files: RunDirectory,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "LAST_TRY", 0.01)
+    hang, given_up = threading.Event(), list[bool]()
+    server = Server(finish_timeout=5.0, hang=hang)
+    write(files, range(1, 3))
+    session = Delivery("kept", server, Run(files.path), interval=0.01, give_up=lambda: given_up.append(True))
+    threading.Timer(0.3, hang.set).start()
+    session.finished(None)
+    assert given_up == [] and [r.step for r in server.records] == [1, 2]
 
 
 def test_a_broken_ledger_is_named(files: RunDirectory) -> None:

@@ -89,3 +89,36 @@ def test_the_policy_s_log_probs_are_those_of_the_sampler(base, tmp_path):
     posttrain.train({**settings(base, tmp_path / "run"), "update": {"epochs": 2}}, output="quiet")
     gaps = [row["sampler/gap_max"] for row in metrics(tmp_path / "run")]
     assert np.max(gaps) < 1e-4
+
+
+LORA = {"use": "lora", "rank": 4}
+KL = {"use": "fixed", "placement": "reward", "coef": 0.1}
+
+
+@pytest.mark.parametrize("critic", [False, True], ids=["no critic", "shared critic"])
+def test_the_reference_of_an_adapter_is_the_policy_without_it_and_loads_nothing(critic, base, tmp_path, monkeypatch):
+    from posttrain_backends._torch import hf_loading
+
+    loads, read = [], hf_loading.read
+    monkeypatch.setattr(hf_loading, "read", lambda spec: loads.append(spec.adapter) or read(spec))
+    own, whole, cut = ({**settings(base, tmp_path / name, adapter=LORA), "kl": KL, "update": {"epochs": 2},
+                        **({"estimator": "gae", "critic": "policy"} if critic else {})}
+                       for name in ("own", "whole", "cut"))
+    own["reference"] = {"use": "hf", "weights": str(base), "device": "cpu"}
+    posttrain.train(own, output="quiet")
+    assert len(loads) == 2
+    posttrain.train(whole, output="quiet")
+    assert len(loads) == 3
+    posttrain.train({**cut, "steps": 2}, output="quiet")
+    posttrain.resume(tmp_path / "cut", ["steps=4"], output="quiet")
+    found = [metrics(tmp_path / name) for name in ("own", "whole", "cut")]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 4
+    assert found[0][0]["kl/reference"] < 1e-9 < found[0][3]["kl/reference"]  # values and log-probs are asked together
+    weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("own", "whole", "cut")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_the_reference_of_a_policy_whose_weights_are_all_trained_is_a_model_of_its_own(base, tmp_path):
+    posttrain.train({**settings(base, tmp_path / "run"), "kl": KL}, output="quiet")
+    kl = [row["kl/reference"] for row in metrics(tmp_path / "run")]
+    assert kl[0] == 0 < kl[-1]

@@ -50,6 +50,11 @@ class Lora:
 class HF:
     """A causal language model of transformers, trained by the same learner as the native one.
 
+    As `critic` also a sequence- or token-classification model with a causal trunk, such as a reward model: its linear
+    read-out becomes the value head, its rows copied to every reward column where it has one label (the critic of PPO
+    practice begins so: Ouyang et al. 2022, arXiv 2203.02155, section 3.5). It reads the policy's token ids, so it must
+    have been trained with the policy's tokenizer.
+
     >>> HF()
     Traceback (most recent call last):
     ValueError: give weights (a local folder or a .gguf file) or model (a name on the hub, with its revision)
@@ -80,7 +85,7 @@ class HF:
     """Run Python code that comes with the model. The run's configuration records it."""
 
     def __post_init__(self) -> None:
-        _require_source(self.weights, self.model, self.revision)
+        require_source(self.weights, self.model, self.revision)
         if self.head_chunk < 0:
             raise ValueError(f"head_chunk must not be negative, got {self.head_chunk}")
         if self.attention == "flex_attention" and self.device == "cpu":
@@ -96,11 +101,9 @@ class HF:
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
-        _require("torch", "transformers", *(["peft"] if self.adapter else []),
-                 *(["gguf"] if self.weights.endswith(".gguf") else []))
-        if self.attention in NEEDS and find_spec(NEEDS[self.attention][0]) is None:
-            module, remedy = NEEDS[self.attention]
-            raise PluginError([f"policy.attention {self.attention!r} needs {module}, which is not installed: {remedy}"])
+        require("backend 'hf'", "torch", "transformers", *(["peft"] if self.adapter else []),
+                *(["gguf"] if self.weights.endswith(".gguf") else []))
+        require_attention(self.attention)
         from posttrain_backends._torch.hf_loading import load
 
         return load(self, request)
@@ -130,11 +133,11 @@ class HFTokenizer:
     """Run Python code that comes with the tokenizer."""
 
     def __post_init__(self) -> None:
-        _require_source(self.weights, self.model, self.revision)
+        require_source(self.weights, self.model, self.revision)
 
     def load(self) -> Tokenizer:
         """Raises `ConfigError` where a special token is not in the vocabulary, `PluginError` without transformers."""
-        _require("transformers", *(["gguf"] if self.weights.endswith(".gguf") else []))
+        require("tokenizer 'hf'", "transformers", *(["gguf"] if self.weights.endswith(".gguf") else []))
         from posttrain_backends._torch.hf_tokenizer import load
 
         return load(self)
@@ -147,7 +150,8 @@ def source_of(weights: str, model: str, revision: str) -> tuple[str, dict[str, s
     return (weights, {"local_files_only": True}) if weights else (model, {"revision": revision})
 
 
-def _require_source(weights: str, model: str, revision: str) -> None:
+def require_source(weights: str, model: str, revision: str) -> None:
+    """Raise `ValueError` unless exactly one of a folder and a name with its commit is given."""
     if bool(weights) == bool(model):
         raise ValueError("give weights (a local folder or a .gguf file) or model (a name on the hub, with its "
                          "revision)")
@@ -156,11 +160,19 @@ def _require_source(weights: str, model: str, revision: str) -> None:
                          "and tags can move; the hub shows it beside the files")
 
 
-def _require(*modules: str) -> None:
+def require(what: str, *modules: str) -> None:
+    """Raise `PluginError` with what to install where a module is missing."""
     if missing := [name for name in modules if find_spec(name) is None]:
         extra = {"peft": "lora", "gguf": "gguf"}.get(missing[0], "hf")
-        raise PluginError([f"backend 'hf' needs {' and '.join(missing)}, which is not installed: "
+        raise PluginError([f"{what} needs {' and '.join(missing)}, which is not installed: "
                            f"pip install 'posttrain-backends[{extra}]'"])
+
+
+def require_attention(attention: Attention) -> None:
+    """Raise `PluginError` where the package that computes it is missing."""
+    module, remedy = NEEDS.get(attention, ("", ""))
+    if module and find_spec(module) is None:
+        raise PluginError([f"attention {attention!r} needs {module}, which is not installed: {remedy}"])
 
 
 def unreachable(model: str, error: Exception) -> ConfigError:

@@ -14,6 +14,7 @@ import numpy as np
 
 from posttrain.data import Counts, MicroBatch, Rollouts, Weights, offsets_of, ragged_indices
 from posttrain.errors import MemoryExhausted
+from posttrain.protocols import Batching
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,31 +54,53 @@ def units_of(rollouts: Rollouts, keep: np.ndarray, unit: Unit) -> list[np.ndarra
     return [alive[groups == g] for g in np.unique(groups)]
 
 
-def first_fit_decreasing(costs: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Bins of item numbers: the costliest first, each into the first bin that has room (Johnson 1973).
+def first_fit(costs: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Bins of item numbers: one item after the other, each into the first bin that has room (Johnson 1973).
 
     A tree over the bins' free room finds that bin in O(log n). An item over the budget gets a bin of its own.
 
-    >>> [b.tolist() for b in first_fit_decreasing(np.array([3, 5, 2, 4]), 7)]
-    [[1, 2], [3, 0]]
+    >>> [b.tolist() for b in first_fit(np.array([3, 5, 2, 4]), 7)]
+    [[0, 2], [1], [3]]
     """
     n = len(costs)
     leaves = 1 << max(n - 1, 0).bit_length()
-    room = [budget] * (2 * leaves)
+    room = [budget + 1] * (2 * leaves)  # 1 more where a bin is empty, so that an item over the budget finds no other
     bins: list[list[int]] = []
-    for item in np.argsort(-costs, kind="stable").tolist():
-        cost = min(int(costs[item]), budget)
+    for item, cost in enumerate(costs.tolist()):
         node = 1
         while node < leaves:
-            node = 2 * node if room[2 * node] >= cost else 2 * node + 1
+            node = 2 * node if room[2 * node] >= min(cost, budget + 1) else 2 * node + 1
         if node - leaves == len(bins):
             bins.append([])
+            room[node] -= 1
         bins[node - leaves].append(item)
         room[node] -= cost
         while node > 1:
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])
     return [np.array(b) for b in bins]
+
+
+def by_group(costs: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[n] the order of units that leaves groups together: the costliest group first, and in it the costliest unit.
+
+    Where every unit is a group of its own, first fit in this order is first-fit decreasing.
+
+    >>> by_group(np.array([1, 5, 6, 3]), np.array([0, 1, 0, 1]))
+    array([1, 3, 2, 0])
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    return np.lexsort((-costs, group, -np.bincount(group, costs)[group]))
+
+
+def plan_by_group(batching: Batching, costs: np.ndarray, groups: np.ndarray, budget: int) -> list[np.ndarray]:
+    """A plan for units that are offered group by group, so that few groups have units in several parts.
+
+    A learner that computes a prompt once for all its answers in a part then computes it seldom. What a unit costs does
+    not count on that: the budget holds for every learner.
+    """
+    order = by_group(costs, groups)
+    return [order[part] for part in batching.plan(costs[order], budget)]
 
 
 def smaller_budget(costs: np.ndarray, parts: Sequence[np.ndarray], error: MemoryExhausted) -> int:
@@ -93,7 +116,7 @@ def smaller_budget(costs: np.ndarray, parts: Sequence[np.ndarray], error: Memory
 @final
 @dataclass(frozen=True, slots=True)
 class FirstFit:
-    """First-fit decreasing under a fixed budget of tokens; shrinks only after running out of memory."""
+    """First fit under a fixed budget of tokens, which shrinks only after running out of memory."""
 
     tokens: int = 16384
     """Tokens of one micro-batch."""
@@ -103,7 +126,7 @@ class FirstFit:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
 
     def plan(self, costs: np.ndarray, budget: int) -> list[np.ndarray]:
-        return first_fit_decreasing(costs, budget)
+        return first_fit(costs, budget)
 
 
 def cut(step: StepData, episodes: np.ndarray) -> MicroBatch:

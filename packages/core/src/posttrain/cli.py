@@ -5,25 +5,22 @@ Only here is typer known. What a command needs is imported inside it, so that he
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posttrain.annotations import hints_of
 from posttrain.errors import PluginError, PosttrainError, did_you_mean
 from posttrain.hookspecs import KINDS
 from posttrain.registry import Broken, Registry, discover
 
 if TYPE_CHECKING:
+    from posttrain.catalogue import Card
     from posttrain.run import Output
 
 RECIPE = "recipe"
@@ -33,55 +30,67 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="Configuration file (
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line in place of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")]
 
 
 def plugins(context: typer.Context, kind: Annotated[str, typer.Argument(help="One kind only.")] = "",
-            as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
-    """List installed components, and plugins that are broken or of another version."""
+            as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+            verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Target, source and defaults of each; the "
+                                                  "time that each plugin took.")] = False) -> None:
+    """List installed components, and plugins that are broken or of another version.
+
+    What `--json` prints is described at `posttrain.catalogue.listing`.
+    """
+    from posttrain.catalogue import entries, listing
+
     registry: Registry = context.obj
     if kind:
         _require_kind(kind)
-    found = [(c, *registry.provider(c)) for c in registry.components(kind or None)]
     if as_json:
-        print(json.dumps({
-            "components": [{"kind": c.kind, "name": c.name, "summary": c.summary, "target": c.target,
-                            "source": c.source, "distribution": d, "version": v} for c, d, v in found],
-            "broken": [{"distribution": b.distribution, "error": b.error} for b in registry.broken],
-            "foreign": [{"distribution": f.distribution, "group": f.group} for f in registry.foreign]}, indent=2))
+        print(json.dumps(listing(registry, kind), indent=2, default=repr))
         return
-    rows: list[tuple[str, ...]] = [(c.kind, c.name, f"{d} {v}".strip(), c.summary) for c, d, v in found]
+    rows: list[tuple[str, ...]] = []
+    for e in entries(registry, kind):
+        rows.append((e.kind, e.use, e.provider, e.summary))
+        if verbose:
+            defaults = ", ".join(f"{name}={value!r}" for name, value in e.defaults.items())
+            rows += [("", "", "", f"{what}: {text}") for what, text in (
+                ("target", e.target), ("source", e.source), ("defaults", defaults)) if text]
     if not kind or kind == RECIPE:
         from posttrain.recipes import RECIPES
 
         rows += [(RECIPE, name, "", recipe.summary) for name, recipe in RECIPES.items()]
-    _table(rows)
+    _listed(("kind", "name", "provider", "summary"), rows)
+    if verbose:
+        print("\nplugins")
+        _table([(f"  {p.distribution}", p.version, f"{len(p.components)} components", f"{1e3 * p.seconds:.1f} ms")
+                for p in registry.plugins])
     _warn(registry)
     if not registry.plugins:
         print("no plugin is installed: pip install posttrain-core posttrain-estimators ...", file=sys.stderr)
 
 
-def show(context: typer.Context, kind: str, name: str) -> None:
+def show(context: typer.Context, kind: str, name: str,
+         as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Describe a component: its source, who provides it, and its fields; or what a recipe sets."""
     _require_kind(kind)
     if kind == RECIPE:
         _show_recipe(name)
         return
+    from dataclasses import asdict
+
+    from posttrain.catalogue import card
+
     registry: Registry = context.obj
-    component = registry.resolve(kind, name)
-    target = registry.load(component)
-    print(f"{kind} {component.name}: {component.summary}\n")
-    if text := inspect.getdoc(target):
-        print(text, end="\n\n")
-    for what, value in (("source", component.source), ("provided by", " ".join(registry.provider(component)).strip()),
-                        ("class", component.target)):
-        print(f"{what + ':':13}{value or 'not given'}")
-    if isinstance(target, type) and is_dataclass(target):
-        docs, hints = field_docs(target), hints_of(target)
-        print(f"\nfields of {component.name}:" if fields(target) else "\nno fields")
-        for f in fields(target):
-            default = component.defaults.get(f.name, _default(f))
-            print(f"  {f.name}: {inspect.formatannotation(hints.get(f.name, f.type))} = {default!r}")
-            print(textwrap.indent(textwrap.fill(" ".join(docs.get(f.name, "").split()), 110), "      "))
+    found = card(registry, registry.resolve(kind, name))
+    if as_json:
+        print(json.dumps(asdict(found), indent=2, default=repr))
+    else:
+        _show_card(found)
+    if found.problem and not found.install:
+        raise PluginError([found.problem])
+    if found.install:
+        print(f"not installed: {', '.join(found.missing)}; to use it: {found.install}", file=sys.stderr)
 
 
 def config(context: typer.Context, file: File, settings: Settings = None) -> None:
@@ -91,10 +100,11 @@ def config(context: typer.Context, file: File, settings: Settings = None) -> Non
     print(to_yaml(load(file, settings or [], context.obj)), end="")
 
 
-def check(context: typer.Context, file: File, settings: Settings = None) -> None:
+def check(context: typer.Context, file: File, settings: Settings = None, quiet: Quiet = False) -> None:
     """Check a configuration and read its rows; print sizes and parts. Loads no model."""
     from posttrain import compose
     from posttrain.config import derived, load
+    from posttrain.following import following
 
     loaded = load(file, settings or [], context.obj)
     compose.check(loaded)
@@ -105,7 +115,8 @@ def check(context: typer.Context, file: File, settings: Settings = None) -> None
             for key, c in loaded.components.items()])
     print("\nfiles of your own (the first digits of their SHA-256)")
     _table([(f"  {path}", digest[:12]) for path, digest in loaded.files.items()])
-    _, rows = compose.open_task(loaded.settings)
+    with following(not quiet):
+        _, rows = compose.open_task(loaded.settings)
     held_out = rows.held_out()
     print("\nrows")
     _table([("  to learn from", f"{rows.rows:,}"), ("  held out", f"{len(held_out):,}"),
@@ -122,25 +133,35 @@ def init(directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder
     print(f"next: posttrain check {directory / 'train.yaml'}; posttrain train {directory / 'train.yaml'}")
 
 
-def train(context: typer.Context, file: File, settings: Settings = None, as_json: Json = False) -> None:
+def train(context: typer.Context, file: File, settings: Settings = None, as_json: Json = False, quiet: Quiet = False
+          ) -> None:
     """Train as a configuration says."""
     from posttrain import run
+    from posttrain.following import following
 
-    run.train(file, settings or [], registry=context.obj, output=_output(as_json))
+    output = _output(as_json, quiet)
+    with following(output == "auto"):
+        run.train(file, settings or [], registry=context.obj, output=output)
 
 
-def resume(context: typer.Context, directory: RunPath, settings: Settings = None, as_json: Json = False) -> None:
+def resume(context: typer.Context, directory: RunPath, settings: Settings = None, as_json: Json = False,
+           quiet: Quiet = False) -> None:
     """Go on with a run that was stopped, from its newest checkpoint."""
     from posttrain import run
+    from posttrain.following import following
 
-    run.resume(directory, settings or [], registry=context.obj, output=_output(as_json))
+    output = _output(as_json, quiet)
+    with following(output == "auto"):
+        run.resume(directory, settings or [], registry=context.obj, output=output)
 
 
-def evaluate(directory: RunPath, settings: Settings = None, as_json: Json = False) -> None:
+def evaluate(directory: RunPath, settings: Settings = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Rewards on the held-out rows with a run's newest checkpoint."""
     from posttrain import run
+    from posttrain.following import following
 
-    metrics = run.evaluate(directory, settings or [])
+    with following(not as_json and not quiet):
+        metrics = run.evaluate(directory, settings or [])
     if as_json:
         print(json.dumps(metrics))
     else:
@@ -228,7 +249,11 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. An error meant for the user is printed without a traceback."""
-    registry = discover()
+    try:
+        registry = discover()
+    except KeyboardInterrupt as stop:
+        print(*getattr(stop, "__notes__", ["interrupted"]), sep="\n", file=sys.stderr)
+        return 130
     app = typer.Typer(name="posttrain", help="RL post-training of language models from exchangeable parts.",
                       rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
                       add_completion=False)
@@ -246,23 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a class, read from its source."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    return {line.target.id: doc.value.value for line, doc in pairwise(body)
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-            and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)}
-
-
-def _output(as_json: bool) -> Output:
-    return "json" if as_json else "auto"
-
-
-def _default(f: Field[Any]) -> Any:
-    if f.default is not MISSING:
-        return f.default
-    return f.default_factory() if f.default_factory is not MISSING else "(to be given)"
+def _output(as_json: bool, quiet: bool) -> Output:
+    return "json" if as_json else "quiet" if quiet else "auto"
 
 
 def _require_kind(kind: str) -> None:
@@ -283,6 +293,35 @@ def _show_recipe(name: str) -> None:
     print(OmegaConf.to_yaml(OmegaConf.create(dict(recipe.settings))), end="")
 
 
+def _show_card(found: Card) -> None:
+    print(f"{found.kind} {found.name}: {found.summary}\n")
+    if found.doc:
+        print(found.doc, end="\n\n")
+    for what, value in (("source", found.source), ("provided by", f"{found.distribution} {found.version}".strip()),
+                        ("class", found.target), ("file", found.file)):
+        print(f"{what + ':':13}{value or 'not given'}")
+    for aspect, values in found.aspects.items():
+        print(f"{aspect + ':':13}{', '.join(values) or 'nothing'}")
+    print(f"\nfields of {found.name}:" if found.fields else "\nno fields")
+    for f in found.fields:
+        print(f"  {f.name}: {f.type} = {f.default or '(to be given)'}")
+        print(textwrap.indent(textwrap.fill(f.doc, 110), "      "))
+
+
+def _listed(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Rows under titles, the last column folded to the terminal; elsewhere a plain line a row, for other programs to
+    read. Not by rich: importing it takes a third of the time that all of the listing has."""
+    if not sys.stdout.isatty():
+        return _table(rows)
+    lines = [titles, *rows]
+    taken = sum(max(map(len, column)) + 2 for column in zip(*(line[:-1] for line in lines)))
+    folded: list[tuple[str, ...]] = []
+    for *row, last in lines:
+        first, *more = textwrap.wrap(last, max(30, shutil.get_terminal_size().columns - taken)) or [""]
+        folded += [(*row, first), *((*("" for _ in row), line) for line in more)]
+    _table(folded)
+
+
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
     """Aligned columns; the last one is as long as it is."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -292,15 +331,21 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def _warn(registry: Registry) -> None:
     """Plugins that offer nothing, loudly."""
+    from posttrain.catalogue import remedy
+
     _report(registry.broken)
     for foreign in registry.foreign:
         print(f"IGNORED plugin {foreign.distribution}: it is written for '{foreign.group}', another version of the "
-              "plugin interface", file=sys.stderr)
+              f"plugin interface\n  -> {remedy(foreign)}", file=sys.stderr)
+    for left in registry.left_out:
+        print(f"left out by {left.by}: {left.distribution}", file=sys.stderr)
 
 
 def _report(broken: Iterable[Broken]) -> None:
     for plugin in broken:
         print(f"BROKEN plugin {plugin.distribution}: {plugin.error}", file=sys.stderr)
+        if plugin.remedy:
+            print(f"  -> {plugin.remedy}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ Everything that can be wrong is found before any weight is loaded. Core's only r
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 from posttrain.comm import SingleProcess
 from posttrain.config import SHARED_CRITIC, Loaded
 from posttrain.errors import ConfigError, PosttrainError, Problem
 from posttrain.loss import KLTerm, Measured, Sum
+from posttrain.progress import doing
 from posttrain.protocols import (
+    Adapted,
+    Learner,
     LoadRequest,
     Need,
     Objective,
@@ -154,8 +158,10 @@ def optimization_of(settings: Settings, block: Optimization) -> Optimization:
 
 def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
     """Tokenizer and rows; every malformed row is reported here."""
-    tokenizer = settings.tokenizer.load()
-    source = settings.task.load(tokenizer, settings.data)
+    with doing("loading the tokenizer"):
+        tokenizer = settings.tokenizer.load()
+    with doing("reading the rows"):
+        source = settings.task.load(tokenizer, settings.data)
     if settings.loop == "supervised":
         require_answers(source)
     if settings.evaluate.every and not source.held_out():
@@ -172,10 +178,13 @@ def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:
         comm=SingleProcess())
 
 
-def importing(loaded: Loaded, key: str) -> AbstractContextManager[None]:
-    """Turns a package that the component under `key` misses inside the block into a `PluginError` with the remedy."""
+@contextmanager
+def importing(loaded: Loaded, key: str) -> Iterator[None]:
+    """For the loading of a part: says that it is under way, and turns a package that the component under `key` misses
+    into a `PluginError` with the remedy."""
     component = loaded.components.get(key)
-    return nullcontext() if component is None else loaded.registry.importing(component)
+    with doing(f"loading {key}"), nullcontext() if component is None else loaded.registry.importing(component):
+        yield
 
 
 def reward_workers(settings: Settings) -> Pool:
@@ -184,20 +193,51 @@ def reward_workers(settings: Settings) -> Pool:
     return Pool(tuple(settings.rewards.values()), block.count, block.fork, settings.threads)
 
 
-def build(loaded: Loaded, workers: Pool | None = None) -> Parts:
+def reference_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> Scorer:
+    """The model that the KL is taken to: the one that is given, else the policy before training. That is the policy
+    itself without its adapter where it has one, and a second copy of its weights where all of them are trained."""
+    given = loaded.settings.reference
+    if given is None and isinstance(policy, Adapted) and (base := policy.base()) is not None:
+        return base
+    with importing(loaded, "reference"):
+        reference: Scorer = (given or loaded.settings.policy).load(replace(request, value_heads=0, optimization=None))
+    return reference
+
+
+def require_logprobs(loaded: Loaded, policy: Scorer) -> None:
+    """Raise `ConfigError` where the loaded policy is a model of values alone, which some backends load as critics."""
+    if Output.LOGPROBS not in policy.provides:
+        raise ConfigError([f"policy: backend '{_name(loaded, 'policy')}' loaded a model that gives "
+                           f"{', '.join(sorted(policy.provides))} and no log-probs; it can be a critic, not a policy"],
+                          next_step="Name a causal language model under policy, and this one under critic.")
+
+
+def load_reward_models(loaded: Loaded, workers: Pool) -> None:
+    """Load the rewards that are models into this process."""
+    for i, (name, entry) in enumerate(loaded.settings.rewards.items()):
+        if not callable(entry.call):
+            with importing(loaded, f"rewards.{name}"):
+                workers.load(i)
+
+
+def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, PromptSource] | None = None) -> Parts:
     """Load everything. The order matters: what is cheap and often wrong comes first.
 
+    `opened` is what `open_task` gave, where the rows were read already: to read them takes minutes where they are many.
     `workers` are already started where rewards shall load beside the models; else they start when first needed, and
     the caller closes `Parts.workers`.
     """
     check(loaded)
     settings = loaded.settings
-    tokenizer, source = open_task(settings)
+    tokenizer, source = opened or open_task(settings)
     needs = needs_of(settings) if settings.loop == "rl" else settings.objective.needs
     columns = reward_columns(settings)
     request = policy_request(settings, tokenizer)
     with importing(loaded, "policy"):
         policy = settings.policy.load(request)
+    require_logprobs(loaded, policy)
+    workers = workers or reward_workers(settings)
+    load_reward_models(loaded, workers)
     trained = [Trained(policy, objective_of(settings, loaded.registry))]
     critic: Scorer | None = policy if settings.critic == SHARED_CRITIC else None
     if settings.critic is not None and critic is None:
@@ -207,20 +247,18 @@ def build(loaded: Loaded, workers: Pool | None = None) -> Parts:
                 request, value_heads=len(columns), optimization=optimization_of(settings, block)))
         trained.append(Trained(learner, Sum((settings.value_objective,)), prefix="critic/"))
         critic = learner
-    reference = None
-    if Need.REF_LOGPROBS in needs:
-        with importing(loaded, "reference"):
-            reference = (settings.reference or settings.policy).load(replace(request, value_heads=0, optimization=None))
+    reference = reference_of(loaded, policy, request) if Need.REF_LOGPROBS in needs else None
     engine, stale = settings.rollout.engine, settings.rollout.staleness > 0
     with importing(loaded, "rollout.engine"):
         evaluator = engine.start(policy, tokenizer, shared=True)
         sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
     if settings.loop == "rl":  # a row too long for the model would otherwise stop the run when its turn comes
-        check_prompts(evaluator, source, settings)
+        with doing("checking that every prompt fits the policy"):
+            check_prompts(evaluator, source, settings)
     return Parts(
         tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
         sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()),
-        workers=workers or reward_workers(settings), columns=columns, estimator=settings.estimator,
+        workers=workers, columns=columns, estimator=settings.estimator,
         correction=settings.correction, combiner=settings.combiner,
         gradient_combiner=settings.gradient_combiner, kl=settings.kl, batching=settings.batching,
         comm=request.comm, needs=needs)

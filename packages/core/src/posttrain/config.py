@@ -6,6 +6,7 @@ Order, low to high: field defaults < preset < recipe < `extends:` < file < comma
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import sys
@@ -35,6 +36,7 @@ from posttrain.layers import (
     slots,
     where,
 )
+from posttrain.protocols import RewardSource
 from posttrain.recipes import RECIPES
 from posttrain.registry import Registry, import_file
 from posttrain.rewards.calls import Origin
@@ -53,7 +55,7 @@ class RewardEntry:
     """A named reward: what is called, its weight in the sum, and what becomes of rows on which it fails."""
 
     name: str
-    call: Callable[..., Any]
+    call: Callable[..., Any] | RewardSource
     weight: float = 1.0
     timeout: float = 30.0
     """Seconds for one call. A call on several rows that takes longer is done again row by row."""
@@ -73,6 +75,8 @@ class RewardEntry:
 
 RULES = ("weight", "timeout", "on_error", "on_timeout")
 """Fields of a reward's entry that stand beside those of the reward itself."""
+WORKER_RULES = ("timeout", "on_timeout")
+"""Those of them that mean something only where a reward is called in a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,21 +200,28 @@ def _defaults(block: Any) -> dict[str, Any]:
 
 
 def _with_plugins(tree: dict[str, Any], marks: Mapping[Key, Mark], registry: Registry, reading: Reading) -> Registry:
-    """The registry with the files under `plugins:`; their paths in `tree` become absolute."""
+    """The registry with the files and modules under `plugins:`; paths in `tree` become absolute."""
     names = tree.get("plugins")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return registry  # of a wrong type: reported with all other keys
-    base = marks["plugins",].base
-    tree["plugins"] = [str((base / name).resolve()) for name in names]
-    paths, written = [Path(name) for name in tree["plugins"]], where(marks, ("plugins",))
-    for path in [p for p in paths if not p.is_file()]:
-        reading.problems.append(Problem(f"plugins: no such file: {path}", written))
-    found = [path for path in paths if path.is_file()]
-    for path in found:
-        reading.record(path)
+    base, written = marks["plugins",].base, where(marks, ("plugins",))
+    tree["plugins"] = [str((base / name).resolve()) if name.endswith(".py") else name for name in names]
+    found: list[Path | object] = []
+    for name in tree["plugins"]:
+        if not name.endswith(".py"):
+            try:
+                found.append(importlib.import_module(name))
+            except ImportError as error:
+                reading.problems.append(Problem(f"plugins: {name} is neither a file that ends in .py nor a module that "
+                                                f"can be imported: {error}", written))
+        elif Path(name).is_file():
+            found.append(Path(name))
+            reading.record(Path(name))
+        else:
+            reading.problems.append(Problem(f"plugins: no such file: {name}", written))
     extended = registry.extended(found)
     reading.problems += [Problem(f"plugins: {b.distribution}: {b.error}", written) for b in extended.broken
-                         if Path(b.distribution) in found]
+                         if b.distribution in tree["plugins"]]
     return extended
 
 
@@ -255,6 +266,7 @@ class _Builder:
         if kind == "reward":
             rules = {name: given.pop(name) for name in RULES if name in given}
             call = self.made(kind, node, given, key)
+            self.reward_model(call, rules, key)
             entry = {"name": str(key[-1]), "call": call, "origin": self.origin(call, node, given, key), **rules}
             name = dotted(key)
             return construct(RewardEntry, entry, key, lambda at, message: self.problem(
@@ -263,6 +275,17 @@ class _Builder:
             return None
         shared = (key, node) == (("critic",), {"use": SHARED_CRITIC})
         return SHARED_CRITIC if shared else self.made(kind, node, given, key)
+
+    def reward_model(self, call: Any, rules: Mapping[str, Any], key: Key) -> None:
+        """Note what is wrong with a reward that is no function."""
+        if call is None or callable(call):
+            return
+        if not isinstance(call, RewardSource):
+            self.problem(key, f"{dotted(key)}: {type(call).__name__} can neither be called nor loaded; a reward is a "
+                              "function f(prompts, completions, **columns), or a RewardSource with load(threads)")
+        for name in [name for name in WORKER_RULES if name in rules]:
+            self.problem((*key, name), f"{dotted((*key, name))}: a reward that is a model is called in the training "
+                                       "process, which has no deadline; leave it out")
 
     def origin(self, call: Any, node: Mapping[str, Any], given: Mapping[str, Any], key: Key) -> Origin | None:
         """Where another process finds a reward; None where it is an object from Python, or wrong."""

@@ -6,7 +6,6 @@ Knows distributions by their metadata alone.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -15,12 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal, final
 
+from posttrain.catalogue import remedy
 from posttrain.checkpoint import found_version
-from posttrain.hookspecs import ENTRY_POINT_GROUP
-from posttrain.registry import Registry
+from posttrain.registry import Registry, optional_requirements
 from posttrain.rewards.pool import usable_cores
 
 PACKAGES = ("posttrain-core", "posttrain-estimators", "posttrain-objectives", "posttrain-backends", "posttrain-tuning",
@@ -77,11 +75,26 @@ print(json.dumps({"version": torch.__version__, "built for CUDA": torch.version.
 """
 
 
+_ASK_COMPONENTS = """
+import json, time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from sys import stderr
+from posttrain.catalogue import faults
+from posttrain.registry import discover
+start = time.perf_counter()
+with redirect_stdout(stderr):
+    registry = discover()
+    found = [asdict(fault) for fault in faults(registry)]
+print(json.dumps({"number": len(registry.components()), "seconds": time.perf_counter() - start, "faults": found}))
+"""
+
+
 def examine(registry: Registry, installed: Installed | None = None) -> list[Finding]:
     """Everything, in the order of the sections. `installed` is asked for versions, by default of this environment."""
     version = found_version if installed is None else installed
     return [*_python(), *packages(version), *libraries(extras(version), version), *conflicts(version), *machine(),
-            *devices(version), *plugins(registry)]
+            *devices(version), *plugins(registry), *components(), *not_installed(registry)]
 
 
 def packages(installed: Installed) -> Iterator[Finding]:
@@ -102,12 +115,8 @@ def extras(installed: Installed) -> dict[str, list[tuple[str, str]]]:
     """Optional library -> (`distribution[extra]`, least version) of each extra of the project that brings it."""
     found: dict[str, list[tuple[str, str]]] = {}
     for distribution in PACKAGES[:-1]:
-        for text in (metadata.requires(distribution) or []) if installed(distribution) else []:
-            name, extra = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([\w.-]+)['\"]", text)
-            least = re.search(r">=\s*([\w.]+)", text)
-            if name and extra:
-                brought = (f"{distribution}[{extra[1]}]", least[1] if least else "")
-                found.setdefault(name[0].lower().replace("_", "-"), []).append(brought)
+        for name, extra, least in optional_requirements(distribution) if installed(distribution) else ():
+            found.setdefault(name, []).append((f"{distribution}[{extra}]", least))
     return dict(sorted(found.items()))
 
 
@@ -205,22 +214,45 @@ def ask(python: str, code: str, timeout: float = 120.0) -> tuple[dict[str, Any] 
 
 
 def plugins(registry: Registry) -> Iterator[Finding]:
-    """Plugins that work, are broken or of another version, names that clash, and targets that are not there."""
+    """Plugins that work, are broken, left out or of another version, and names that clash."""
     for plugin in registry.plugins:
-        missing = sorted({c.target.partition(":")[0] for c in plugin.components if not _there(c.target)})
-        offered = f"{plugin.version} offers {len(plugin.components)} components".strip()
-        if missing:
-            yield Finding("plugins", plugin.distribution, f"{offered}, but has no module {', '.join(missing)}",
-                          "broken", f"install it anew: pip install --force-reinstall {plugin.distribution}")
-        else:
-            yield Finding("plugins", plugin.distribution, offered)
+        yield Finding("plugins", plugin.distribution,
+                      f"{plugin.version} offers {len(plugin.components)} components".strip())
     for broken in registry.broken:
-        yield Finding("plugins", broken.distribution, broken.error, "broken",
-                      "mend or upgrade it, or leave it out: POSTTRAIN_BLOCK=" + broken.distribution)
+        yield Finding("plugins", broken.distribution, broken.error, "broken", broken.remedy)
     for foreign in registry.foreign:
         yield Finding("plugins", foreign.distribution, f"is written for '{foreign.group}'; ignored", "note",
-                      f"install its version for '{ENTRY_POINT_GROUP}', or uninstall it")
+                      remedy(foreign))
+    for left in registry.left_out:
+        yield Finding("plugins", left.distribution, f"is left out by {left.by}", "note", f"unset {left.by} to have it")
     yield from _clashes(registry)
+
+
+def components(python: str = sys.executable) -> Iterator[Finding]:
+    """Components that cannot be used as they are declared; each is imported, in a process of its own."""
+    said, error = ask(python, _ASK_COMPONENTS)
+    if said is None:
+        yield Finding("components", "import", f"the components cannot be looked at: {error}", "broken",
+                      "import them one by one: posttrain show KIND NAME")
+        return
+    yield Finding("components", "imported", f"{said['number']} in {said['seconds']:.1f} s")
+    for fault in said["faults"]:
+        yield Finding("components", f"{fault['component']} ({fault['distribution']})", fault["what"], fault["status"],
+                      fault["remedy"])
+
+
+def not_installed(registry: Registry) -> Iterator[Finding]:
+    """Components of the project whose package is not there, by package and kind."""
+    from posttrain import known
+
+    there = known.not_installed(registry)
+    for home in dict.fromkeys(k.distribution for k in there):
+        offered: dict[str, list[str]] = {}
+        for k in there:
+            if k.distribution == home:
+                offered.setdefault(k.kind, []).append(k.name)
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in offered.items())
+        yield Finding("not installed", home, listed, remedy=f"pip install {home}")
 
 
 def _clashes(registry: Registry) -> Iterator[Finding]:
@@ -232,14 +264,6 @@ def _clashes(registry: Registry) -> Iterator[Finding]:
         if len(several) > 1:
             yield Finding("plugins", f"{kind} '{name}'", f"is offered by {' and '.join(several)}", "note",
                           f"name the one you mean: {' or '.join(f'{owner}/{name}' for owner in several)}")
-
-
-def _there(target: str) -> bool:
-    """Whether the module of a component can be found; its package is imported, the module is not."""
-    try:
-        return importlib.util.find_spec(target.partition(":")[0]) is not None
-    except (ImportError, ValueError):
-        return target.partition(":")[0] in sys.modules
 
 
 def _python() -> Iterator[Finding]:

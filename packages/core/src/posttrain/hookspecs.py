@@ -40,6 +40,8 @@ class Component:
     """A preset: field values other than the class's own defaults."""
     source: str = ""
     """Paper and equation."""
+    extra: str = ""
+    """Extra of its distribution that brings what it needs: `hf` for `pip install 'posttrain-backends[hf]'`."""
 
 
 @hookspec

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -198,6 +198,16 @@ class Learner(Scorer, Protocol):
         ...
 
 
+@runtime_checkable
+class Adapted(Protocol):
+    """What a learner may be beside `Learner`: one that can train an adapter on weights that stay as they are."""
+
+    def base(self) -> Scorer | None:
+        """The model as it was before its adapter, reading the same weights: it holds no copy, and is not used while
+        another thread uses the learner. None where there is no adapter."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Optimization:
     """How a learner is stepped (block `optimizer:`)."""
@@ -327,7 +337,8 @@ class Batching(Protocol):
 
     def plan(self, costs: np.ndarray, budget: int) -> list[np.ndarray]:
         """Units of the given costs in tokens -> parts, each an array of unit numbers; no part is over the budget
-        unless it is a single unit."""
+        unless it is a single unit. Units that had better be in one part come one after the other: those of one group,
+        the costliest first, and the costliest group first."""
         ...
     @property
     def tokens(self) -> int:
@@ -374,6 +385,19 @@ class Reward(Protocol):
     """The TRL signature: lists in, one number per completion out; None where the reward does not apply."""
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]: ...
+
+
+@runtime_checkable
+class RewardSource(Protocol):
+    """A reward that is a model: its configuration, and how to load it. Known by its shape: it cannot be called itself.
+
+    It is loaded beside the policy and called in the training process on all rows of a step at once, without deadline.
+    """
+
+    def load(self, threads: int) -> Reward:
+        """Import the framework and read the weights; `threads` are those the framework may use on a CPU, 0 for its own
+        default. Raises `ConfigError`, `PluginError`."""
+        ...
 
 
 class ObservedRun(Protocol):

@@ -12,9 +12,11 @@ import importlib.util
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib import metadata
@@ -25,12 +27,18 @@ from typing import Any
 import pluggy
 
 from posttrain import hookspecs
-from posttrain.annotations import Key, Report, construct
+from posttrain.annotations import Key, Report, construct, dotted
 from posttrain.errors import ConfigError, PluginError, Problem, did_you_mean
 from posttrain.hookspecs import ENTRY_POINT_GROUP, KINDS, PROJECT, Component
+from posttrain.hooktrace import Call, traced
 
 ALLOW, BLOCK = "POSTTRAIN_PLUGINS", "POSTTRAIN_BLOCK"
 """Environment variables: distributions, comma-separated, that alone are imported, or that never are."""
+TRACE = "POSTTRAIN_TRACE_HOOKS"
+"""Environment variable: where set, and not to 0, every call of a hook is told on stderr."""
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+"""What a component may be called: a configuration, a command line and `distribution/name` can say it."""
 
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import names that are not the name of their distribution."""
@@ -43,6 +51,8 @@ class Plugin:
     distribution: str
     version: str
     components: tuple[Component, ...]
+    seconds: float = field(default=0.0, compare=False)
+    """What its import and declaration took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,8 @@ class Broken:
 
     distribution: str
     error: str
+    remedy: str = field(default="", compare=False)
+    """What to do about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +74,20 @@ class Foreign:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An installed plugin that the environment variable `by` leaves out: never imported."""
+
+    distribution: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hooks:
     """The observing hooks of all plugins, typed. Each plugin is called on its own; one that raises is returned as
     `Broken`, and the others are called all the same."""
 
     manager: pluggy.PluginManager
+    call: Call
 
     def commands(self, app: Any) -> tuple[Broken, ...]:
         """Let plugins add commands to the command line."""
@@ -88,8 +109,8 @@ class Hooks:
         failed = []
         for name, plugin in self.manager.list_name_plugin():
             try:
-                _alone(self.manager, plugin, hook)(**arguments)
-            except Exception as error:  # an observer must not stop what it observes
+                self.call(self.manager, plugin, hook, arguments)
+            except (Exception, SystemExit) as error:  # an observer must not stop what it observes
                 failed.append(Broken(name.rpartition("#")[0], f"{hook}: {_reason(error)}"))
         return tuple(failed)
 
@@ -103,6 +124,7 @@ class Registry:
     foreign: tuple[Foreign, ...]
     hooks: Hooks
     rediscover: Callable[[Sequence[Path | object]], Registry]
+    left_out: tuple[LeftOut, ...] = ()
 
     def extended(self, plugins: Sequence[Path | object]) -> Registry:
         """A registry that also holds the given plugins: files, modules or objects with hooks."""
@@ -125,20 +147,23 @@ class Registry:
         """The component called `name`, or `distribution/name`. Raises `PluginError`."""
         distribution, _, bare = name.rpartition("/")
         found = [(p, c) for p in self.plugins for c in p.components if (c.kind, c.name) == (kind, bare)
-                 and (not distribution or _canonical(p.distribution) == _canonical(distribution))]
+                 and (not distribution or canonical(p.distribution) == canonical(distribution))]
         if not found:
             raise PluginError([self._not_found(kind, name)])
         if len(found) > 1:
-            owners = " and ".join(f"{p.distribution} {p.version}".strip() for p, _ in found)
-            choices = ", ".join(f"'{p.distribution}/{bare}'" for p, _ in found)
-            raise PluginError([f"{kind} '{name}' is offered by {owners}; choose one of {choices}"])
+            raise PluginError([f"{kind} '{name}' is {_ambiguous(found)}"])
         return found[0][1]
 
     def _not_found(self, kind: str, name: str) -> str:
+        from posttrain.known import elsewhere, nearest  # only an error reads the index
+
+        if known := elsewhere(self, kind, name):
+            return known
         names = self.names(kind)
         near = get_close_matches(name.rpartition("/")[2], names, n=1)
         owner = " ".join(self.provider(next(c for c in self.components(kind) if c.name == near[0]))) if near else ""
-        text = f"{kind} '{name}' not found" + (f"; did you mean '{near[0]}' ({owner.strip()})?" if near else "")
+        text = f"{kind} '{name}' not found"
+        text += f"; did you mean '{near[0]}' ({owner.strip()})?" if near else nearest(self, kind, name)
         other = [c.kind for c in self.components() if c.name == name]
         text += f"; '{name}' is declared with kind '{other[0]}'" if other and not near else ""
         text += f"  installed: {', '.join(names[:8]) or 'none'}{', ...' if len(names) > 8 else ''}"
@@ -148,12 +173,12 @@ class Registry:
     def load(self, component: Component) -> Any:
         """The class (or function) that `component` names, imported now. Raises `PluginError`."""
         module, _, attribute = component.target.partition(":")
-        with self.importing(component):
+        with self.importing(component), redirect_stdout(sys.stderr):
             try:
                 return getattr(importlib.import_module(module), attribute)
             except ModuleNotFoundError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError([f"{component.kind} '{component.name}' ({self.provider(component)[0]}) is broken: "
                                    f"{component.target}: {_reason(error)}"]) from error
 
@@ -168,7 +193,7 @@ class Registry:
             if package in ("", component.target.partition(".")[0].partition(":")[0]):
                 raise PluginError([f"{what} ({distribution}) is broken: {component.target}: {error}"]) from error
             raise PluginError([f"{what} needs {package}, which is not installed: "
-                               f"{_install_hint(distribution, package, component.name)}"]) from error
+                               f"{_install_hint(distribution, package, component)}"]) from error
 
     def create(self, kind: str, name: str, **values: Any) -> Any:
         """The component `name` with the given fields. Raises `PluginError`, or `ConfigError` for a wrong field."""
@@ -181,7 +206,13 @@ class Registry:
     def build(self, component: Component, values: Mapping[str, Any], key: Key, report: Report) -> Any:
         """A component from its preset's defaults and `values`, or None after a report of what is wrong."""
         target = self.load(component)
-        if not is_dataclass(target) and not (values or component.defaults):
+        if fault := misfit(component, target):
+            owner = self.provider(component)[0]
+            return report(key, f"{component.kind} '{component.name}' ({owner}) is broken: {fault}")
+        if not _has_fields(target) and values:
+            return report((*key, next(iter(values))), f"{dotted(key)}: {component.name} takes no fields, since "
+                          f"{component.target} is no dataclass; given: {', '.join(map(str, values))}")
+        if not _has_fields(target):
             return target() if isinstance(target, type) else target  # without fields, or a plain function
         return construct(target, {**component.defaults, **values}, key, report, f"a field of {component.name}")
 
@@ -190,30 +221,47 @@ def discover(extra_plugins: Sequence[Path | object] = (), *, environ: Mapping[st
              entry_points: Iterable[metadata.EntryPoint] | None = None) -> Registry:
     """Find plugins: installed ones by entry point, further ones as files, modules or objects with hooks.
 
-    `environ` (default: the process's) may hold `POSTTRAIN_PLUGINS` and `POSTTRAIN_BLOCK`.
+    `environ` (default: the process's) may hold `POSTTRAIN_PLUGINS`, `POSTTRAIN_BLOCK` and `POSTTRAIN_TRACE_HOOKS`. What
+    a plugin prints goes to stderr. An interrupt (Ctrl-C) goes on, with a note of the plugin that was being imported.
     """
     environ = os.environ if environ is None else environ
     points = tuple(_installed() if entry_points is None else entry_points)
-    allowed, blocked = _distributions(environ.get(ALLOW, "")), _distributions(environ.get(BLOCK, ""))
+    call: Call = traced(_call) if environ.get(TRACE, "0") not in ("", "0") else _call
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
-    foreign, found = [], []
-    for point in sorted(points, key=lambda p: (p.group, _owner(p), p.name)):
-        name, version = _owner(point)
-        if not point.group.startswith(f"{PROJECT}.v") or _canonical(name) in blocked:
-            continue
-        if point.group != ENTRY_POINT_GROUP:
-            foreign.append(Foreign(name, point.group))
-        elif not allowed or _canonical(name) in allowed:
-            found.append(_register(manager, name, version, point.load))
-    for plugin in extra_plugins:
-        found.append(_register(manager, *_load_extra(plugin)))
-    seen = {_canonical(f.distribution) for f in (*found, *foreign)}
-    found += [Broken(name, f"named by {ALLOW}, but not installed") for name in sorted(allowed - seen)]
+    chosen, foreign, left_out = _chosen(points, environ)
+    found = [_register(manager, call, name, version, point.load, _remedy(name, environ))
+             for name, version, point in chosen]
+    found += [_register(manager, call, *_load_extra(plugin)) for plugin in extra_plugins]
+    seen = {canonical(name) for name in (*(f.distribution for f in foreign), *(f.distribution for f in left_out),
+                                         *(name for name, _, _ in chosen))}
+    found += [Broken(name, f"named by {ALLOW}, but not installed", f"pip install {name}, or take it out of {ALLOW}")
+              for name in sorted(_distributions(environ.get(ALLOW, "")) - seen)]
     return Registry(
         tuple(p for p in found if isinstance(p, Plugin)), tuple(p for p in found if isinstance(p, Broken)),
-        tuple(foreign), Hooks(manager), lambda more: discover(
-            (*extra_plugins, *more), environ=environ, entry_points=points))
+        foreign, Hooks(manager, call), lambda more: discover(
+            (*extra_plugins, *more), environ=environ, entry_points=points), left_out)
+
+
+Chosen = tuple[tuple[str, str, metadata.EntryPoint], ...]
+
+
+def _chosen(points: Iterable[metadata.EntryPoint], environ: Mapping[str, str],
+            ) -> tuple[Chosen, tuple[Foreign, ...], tuple[LeftOut, ...]]:
+    """Which plugins to import, as (distribution, version, entry point), and which not; in the order of their names."""
+    allowed, blocked = _distributions(environ.get(ALLOW, "")), _distributions(environ.get(BLOCK, ""))
+    chosen, foreign, left_out = [], [], []
+    ours = [(*_owner(point), point) for point in points if point.group.startswith(f"{PROJECT}.v")]
+    for name, version, point in sorted(ours, key=lambda p: (p[2].group, p[0], p[1], p[2].name)):
+        if canonical(name) in blocked:
+            left_out.append(LeftOut(name, BLOCK))
+        elif point.group != ENTRY_POINT_GROUP:
+            foreign.append(Foreign(name, point.group))
+        elif allowed and canonical(name) not in allowed:
+            left_out.append(LeftOut(name, ALLOW))
+        else:
+            chosen.append((name, version, point))
+    return tuple(chosen), tuple(foreign), tuple(dict.fromkeys(left_out))
 
 
 def import_file(path: Path) -> ModuleType:
@@ -234,30 +282,61 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def _register(manager: pluggy.PluginManager, name: str, version: str, load: Callable[[], object]) -> Plugin | Broken:
-    """Import, register and question one plugin; whatever goes wrong concerns this plugin alone."""
+def misfit(component: Component, target: Any) -> str:
+    """What is wrong with a component beside its target, imported; empty where nothing is."""
+    if not callable(target):
+        return f"{component.target} is no class and no function, but {target!r}"
+    if not _has_fields(target):
+        return f"it has defaults, but {component.target} is no dataclass" if component.defaults else ""
+    known = [f.name for f in fields(target) if f.init]
+    wrong = [f"'{name}'{did_you_mean(name, known)}" for name in component.defaults if name not in known]
+    return f"its defaults name what is no field of {component.target}: {', '.join(wrong)}" if wrong else ""
+
+
+def _has_fields(target: Any) -> bool:
+    return isinstance(target, type) and is_dataclass(target)
+
+
+def _register(manager: pluggy.PluginManager, call: Call, name: str, version: str, load: Callable[[], object],
+              remedy: str) -> Plugin | Broken | None:
+    """Import, register and question one plugin; whatever goes wrong concerns this plugin alone. None for an object
+    that stands there already under the same name."""
     key = f"{name}#{len(manager.get_plugins())}"  # a distribution may have several entry points
+    start = time.perf_counter()
     try:
-        plugin = load()
+        with redirect_stdout(sys.stderr):
+            plugin = load()
+        hash(plugin)  # the manager puts plugins into sets: one that cannot be there would break all
+        if manager.is_registered(plugin):
+            owner = str(manager.get_name(plugin)).rpartition("#")[0]
+            if owner == name:
+                return None
+            raise ValueError(f"its entry point names the same module as that of {owner}; uninstall one of the two")
         manager.register(plugin, key)
         manager.check_pending()
-        return Plugin(name, version, _declared(manager, plugin))
-    except (Exception, SystemExit) as error:
+        return Plugin(name, version, _declared(manager, call, plugin), time.perf_counter() - start)
+    except KeyboardInterrupt as stop:  # Ctrl-C; a plugin that raises it by itself cannot be told from that
+        stop.add_note(f"interrupted while plugin {name} was imported; to leave it out: {BLOCK}={name}")
+        raise
+    except BaseException as error:  # SystemExit too, and what test frameworks end a test with
         if manager.has_plugin(key):
             manager.unregister(name=key)
-        return Broken(name, _reason(error))
+        return Broken(name, _reason(error), remedy)
 
 
-def _declared(manager: pluggy.PluginManager, plugin: Any) -> tuple[Component, ...]:
-    if not manager.get_hookcallers(plugin):
+def _declared(manager: pluggy.PluginManager, call: Call, plugin: object) -> tuple[Component, ...]:
+    hooks = manager.get_hookcallers(plugin)
+    if not hooks:
         raise TypeError("implements no hook; mark its functions with @posttrain.hookspecs.hookimpl")
-    declared = [c for result in _alone(manager, plugin, "components")() for c in result]
+    results = call(manager, plugin, "components", {})
+    if not results and "components" in [hook.name for hook in hooks]:
+        raise TypeError("components() returned None; return or yield its components")
+    if wrong := [result for result in results if not isinstance(result, Iterable)]:
+        raise TypeError(f"components() returned {wrong[0]!r}; it must return or yield several components, as a list")
+    declared = [c for result in results for c in result]
     for i, c in enumerate(declared):
-        if not isinstance(c, Component) or ":" not in c.target:
-            raise TypeError(f"components() holds {c!r}; it must be a Component whose target is 'module:Class'")
-        if c.kind not in KINDS:
-            raise ValueError(f"declares '{c.name}' with kind '{c.kind}', which is none{did_you_mean(c.kind, KINDS)}  "
-                             f"kinds: {', '.join(KINDS)}")
+        if fault := _fault(c):
+            raise ValueError(fault)
         if (c.kind, c.name) in [(d.kind, d.name) for d in declared[:i]]:
             raise ValueError(f"declares {c.kind} '{c.name}' twice")
     if isinstance(plugin, ModuleType) and plugin.__name__.startswith(f"{PROJECT}_file_"):
@@ -267,15 +346,54 @@ def _declared(manager: pluggy.PluginManager, plugin: Any) -> tuple[Component, ..
     return tuple(declared)
 
 
-def _alone(manager: pluggy.PluginManager, plugin: object, hook: str) -> Callable[..., list[Any]]:
-    """The hook as implemented by `plugin` alone."""
-    return manager.subset_hook_caller(hook, [p for p in manager.get_plugins() if p is not plugin])
+def _fault(c: object) -> str:
+    """What is wrong with a declaration, seen without importing its target; empty where nothing is."""
+    if not isinstance(c, Component):
+        return f"components() holds {c!r}; it must be a Component whose target is 'module:Class'"
+    texts: dict[str, object] = {f: getattr(c, f) for f in ("kind", "name", "target", "summary", "source", "extra")}
+    if wrong := [f"{f}={value!r}" for f, value in texts.items() if not isinstance(value, str)]:
+        return f"declares a component with {', '.join(wrong)}, which must be text"
+    if c.kind not in KINDS:
+        return (f"declares '{c.name}' with kind '{c.kind}', which is none{did_you_mean(c.kind, KINDS)}  "
+                f"kinds: {', '.join(KINDS)}")
+    if not NAME.fullmatch(c.name):
+        return (f"declares {c.kind} {c.name!r}; a name begins with a letter and holds letters, digits, '_', '-' and "
+                "'.' alone")
+    module, colon, attribute = c.target.partition(":")
+    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        return f"declares {c.kind} '{c.name}' with target {c.target!r}, which must be 'module:Class'"
+    defaults: object = c.defaults
+    if not isinstance(defaults, Mapping) or not all(isinstance(name, str) for name in defaults):
+        return f"declares {c.kind} '{c.name}' with defaults={defaults!r}, which must map names of fields to values"
+    return ""
 
 
-def _load_extra(plugin: Path | object) -> tuple[str, str, Callable[[], object]]:
+def _ambiguous(found: Sequence[tuple[Plugin, Component]]) -> str:
+    """Who offers one name, and how to choose: `distribution/name`, where that tells them apart."""
+    owners = list(dict.fromkeys(f"{p.distribution} {p.version}".strip() for p, _ in found))
+    if len(owners) == 1:
+        return (f"declared twice by {owners[0]} ({' and '.join(c.target for _, c in found)}); its authors must rename "
+                "one of the two")
+    choices = ", ".join(f"'{p.distribution}/{c.name}'" for p, c in found)
+    return f"offered by {' and '.join(owners)}; choose one of {choices}"
+
+
+def _call(manager: pluggy.PluginManager, plugin: object, hook: str, arguments: Mapping[str, Any]) -> list[Any]:
+    """What `plugin` alone answers to a hook; a generator is run to its end. What it prints goes to stderr."""
+    caller = manager.subset_hook_caller(hook, [p for p in manager.get_plugins() if p is not plugin])
+    with redirect_stdout(sys.stderr):
+        return [list(answer) if isinstance(answer, Iterator) else answer for answer in caller(**arguments)]
+
+
+def _load_extra(plugin: Path | object) -> tuple[str, str, Callable[[], object], str]:
     if isinstance(plugin, Path):
-        return str(plugin), "", partial(import_file, plugin)
-    return str(getattr(plugin, "__name__", type(plugin).__name__)), "", lambda: plugin
+        return str(plugin), "", partial(import_file, plugin), "mend the file, or take it out of plugins:"
+    return str(getattr(plugin, "__name__", type(plugin).__name__)), "", lambda: plugin, "mend what was handed over"
+
+
+def _remedy(name: str, environ: Mapping[str, str]) -> str:
+    others = [other for other in environ.get(BLOCK, "").split(",") if other.strip()]
+    return f"mend or upgrade it, or leave it out: {BLOCK}={','.join([*others, name])}"
 
 
 def _installed() -> list[metadata.EntryPoint]:
@@ -285,34 +403,49 @@ def _installed() -> list[metadata.EntryPoint]:
 
 
 def _owner(point: metadata.EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist is not None else (point.name, "")
+    """Distribution and version; each is a file parsed, so it is asked for once."""
+    known: Mapping[str, str] = dict(point.dist.metadata.items()) if point.dist is not None else {}  # type: ignore[attr-defined]  # a Message
+    return known.get("Name") or point.name, known.get("Version") or ""
 
 
-def _canonical(distribution: str) -> str:
+def canonical(distribution: str) -> str:
+    """A distribution's name as indexes compare it."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _distributions(text: str) -> frozenset[str]:
-    return frozenset(_canonical(name.strip()) for name in text.split(",") if name.strip())
+    return frozenset(canonical(name.strip()) for name in text.split(",") if name.strip())
 
 
 def _reason(error: BaseException) -> str:
+    """An exception in one line, with the place in the plugin where it was raised."""
     text = " ".join(str(error).split())
     if isinstance(error, pluggy.PluginValidationError):
         text += "; the hooks are components, commands, run_started, step_finished, run_finished"
-    return f"{type(error).__name__}: {text}"
+    ours = ("<", __file__, str(Path(pluggy.__file__).parent), str(Path(importlib.__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ") + place
 
 
-def _install_hint(distribution: str, package: str, component: str) -> str:
-    """`pip install 'posttrain-backends[hf]'` where an extra of the distribution brings the package."""
+def optional_requirements(distribution: str) -> list[tuple[str, str, str]]:
+    """What the extras of a distribution bring, as (project, extra, least version)."""
     try:
         requirements = metadata.requires(distribution) or []
     except (metadata.PackageNotFoundError, ValueError):
         requirements = []
-    project, extras = _canonical(PROJECTS.get(package, package)), []
+    found = []
     for text in requirements:
         name, extra = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([\w.-]+)['\"]", text)
-        if name and extra and _canonical(name[0]) == project:
-            extras.append(extra[1])
-    chosen = component if component in extras else next(iter(extras), "")
+        least = re.search(r">=\s*([\w.]+)", text)
+        if name and extra:
+            found.append((canonical(name[0]), extra[1], least[1] if least else ""))
+    return found
+
+
+def _install_hint(distribution: str, package: str, component: Component) -> str:
+    """`pip install 'posttrain-backends[hf]'` where an extra of the distribution brings the package."""
+    project = canonical(PROJECTS.get(package, package))
+    extras = [extra for brought, extra, _ in optional_requirements(distribution) if brought == project]
+    chosen = next((e for e in (component.extra, component.name) if e in extras), next(iter(extras), ""))
     return f"pip install '{distribution}[{chosen}]'" if chosen else f"pip install {project}"

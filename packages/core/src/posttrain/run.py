@@ -23,6 +23,7 @@ from posttrain import checkpoint, config, state, supervised, trackers, trainer
 from posttrain.compose import build, check, initial_state, open_task, reward_workers
 from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.progress import doing
 from posttrain.protocols import TrackerSession
 from posttrain.registry import Broken, Registry, discover
 from posttrain.rundir import CONFIG, RunDirectory, describe, require_run
@@ -81,7 +82,7 @@ def train(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
     """
     loaded = config.load(Path(source) if isinstance(source, str) else source, overrides, registry or discover())
     check(loaded)
-    open_task(loaded.settings)  # every malformed row is reported before a directory is made
+    opened = open_task(loaded.settings)  # every malformed row is reported before a directory is made
     path = run_path(loaded)
     rows = loaded.settings.task.given() if isinstance(loaded.settings.task, Rows) else {}
     text = config.to_yaml(loaded, {key: str(path.resolve() / f"{key}.jsonl") for key in rows})
@@ -89,7 +90,7 @@ def train(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
           reward_workers(loaded.settings) as workers):  # first: they load their rewards while the models load
         for key, given in rows.items():  # rows handed over from Python become files, so that the config runs again
             write_rows(path / f"{key}.jsonl", given)
-        parts = build(loaded, workers)
+        parts = build(loaded, workers, opened)
         run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
         run.state = synced(parts, run.settings, run.state)
         return _go(run, parts, files, loaded.registry)
@@ -112,7 +113,8 @@ def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Re
             if found is None:
                 run.state = synced(parts, run.settings, run.state)
             else:
-                restore(run, parts, checkpoint.load(found))
+                with doing("loading the checkpoint"):
+                    restore(run, parts, checkpoint.load(found))
             files.truncate_after(run.state.step if found else -1)
             return _go(run, parts, files, loaded.registry)
 
@@ -120,7 +122,7 @@ def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Re
 def evaluate(directory: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Rewards on the held-out prompts with the newest checkpoint of a run, by metric name."""
     run, parts = opened(directory, overrides)
-    with parts.workers:
+    with parts.workers, doing("evaluating"):
         metrics, _ = LOOPS[run.loop][1](parts, run.settings, Phases(time.perf_counter))
     if not metrics:
         raise ConfigError(["this run has no held-out rows and rewards to evaluate with (task.held_out, rewards)"])
@@ -164,7 +166,7 @@ def manifest(loaded: config.Loaded) -> dict[str, Any]:
     settings = loaded.settings
     providers = {loaded.registry.provider(component)[0] for component in loaded.components.values()}
     threads = settings.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    return describe(seed=settings.seed, threads=threads, plugins=sorted(providers - {""}),
+    return describe(seed=settings.seed, threads=threads, plugins=sorted(providers - {"", *loaded.files}),
                     user_files=[Path(path) for path in sorted(loaded.files) if path.endswith(".py")],
                     started=datetime.now(UTC).isoformat(timespec="seconds"))
 

@@ -211,7 +211,7 @@ class Settings:
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     trackers: Mapping[str, Any] = parts("tracker", {"console": "console", "jsonl": "jsonl"})
     plugins: tuple[str, ...] = ()
-    """Single-file plugins, recorded with their hash."""
+    """Plugins that no distribution installs: files that end in `.py`, recorded with their hash, and modules."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.batching import smaller_budget
+from posttrain.batching import plan_by_group, smaller_budget
 from posttrain.data import (
     FINISH,
     Episodes,
@@ -52,7 +52,7 @@ def score(scorer: Scorer, rollouts: Rollouts, outputs: frozenset[Output], batchi
     """Outputs of all actions, computed in parts under a token budget that is halved when memory runs out."""
     costs = rollouts.episode_tokens
     while True:
-        parts = batching.plan(costs, budget)
+        parts = plan_by_group(batching, costs, rollouts.group, budget)
         try:
             scored = [scorer.score(rollouts.select(part), outputs, rollouts.sampling.temperature) for part in parts]
         except MemoryExhausted as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.batching import StepData, coarsest, counts_of, cut, smaller_budget, units_of
+from posttrain.batching import StepData, coarsest, counts_of, cut, plan_by_group, smaller_budget, units_of
 from posttrain.comm import Comm
 from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
 from posttrain.errors import Diverged, MemoryExhausted
@@ -92,9 +92,10 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             for t in trained]
     units = units_of(rollouts, keep, coarsest(t.objective.unit for t in trained))
     costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
+    groups = np.array([rollouts.group[u[0]] for u in units])
     retries = 0
     while True:
-        parts = batching.plan(costs, budget)
+        parts = plan_by_group(batching, costs, groups, budget)
         failure: MemoryExhausted | None = None
         try:
             metrics = _accumulate(trained, data, units, parts, coef, comm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from posttrain.errors import ConfigError
@@ -12,11 +12,12 @@ from posttrain.protocols import LoadRequest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from posttrain_backends._torch.device import device_of
+from posttrain_backends._torch.hf_classifier import class_of, read_classifier, read_config
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.hf import (
     TOLERANCE,
-    HFModel,
+    HFTrunk,
     adapted,
     attends_to_all,
     cached_or_not,
@@ -24,6 +25,7 @@ from posttrain_backends._torch.models.hf import (
     require_plain_head,
     tree_error,
 )
+from posttrain_backends._torch.models.hf_value import HFValueModel, give_heads, require_causal_head
 from posttrain_backends.hf import source_of, unreachable
 
 if TYPE_CHECKING:
@@ -35,12 +37,14 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     if request.threads:
         torch.set_num_threads(request.threads)
     device = device_of(spec.device, spec.precision)
+    if not spec.weights.endswith(".gguf") and class_of(config := read_config(spec)) is not None:
+        return load_critic(spec, config, request, device)
     causal = read(spec).to(device)
     if spec.adapter is not None:
         add_adapter(causal, spec.adapter, request.seed)
     model = cached_or_not(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing)
     require_plain_head(model)
-    require_rows(model, request.vocab_size)
+    require_rows(len(model.output_weight), request.vocab_size)
     model.packed = packs(spec, model)
     model.trees = follows_trees(model)
     learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
@@ -49,6 +53,27 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     if found and learner.value_head is not None:
         files.copy_named(found.items(), learner.value_head.state_dict(), f"the value head in {spec.weights}")
     return learner
+
+
+def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.device) -> TorchLearner:
+    """A classification model as a learner of values alone."""
+    if not request.value_heads:
+        raise ConfigError(
+            [f"{spec.weights or spec.model} is a {config.architectures[0]}, which gives no log-probs; it can be a "
+             "critic (critic: {use: hf, weights: ...}) or a reward (reward_model), not a policy or a reference"],
+            next_step="Name a causal language model (...ForCausalLM) here.")
+    task, causal = read_classifier(spec, config)
+    without_dropout(causal)
+    give_heads(causal.to(device), request.value_heads)
+    if spec.adapter is not None:
+        add_adapter(causal, spec.adapter, request.seed, task="SEQ_CLS")
+    model = HFValueModel(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing)
+    model.value_head.requires_grad_(True)  # an adapter leaves all that is not its own alone
+    require_causal_head(model, pooled=task == "sequence")
+    require_rows(model.embeddings, request.vocab_size)
+    model.packed = packs(spec, model)
+    model.trees = follows_trees(model)
+    return TorchLearner(model, optimization=request.optimization, comm=request.comm)
 
 
 def read(spec: HF) -> PreTrainedModel:
@@ -88,13 +113,14 @@ def unpacked(causal: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int) -> None:
-    """Low-rank layers in the module, A drawn from `seed` and B zero: the first policy is the model itself."""
+def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int, task: str = "CAUSAL_LM") -> None:
+    """Low-rank layers in the module, A drawn from `seed` and B zero: the first policy is the model itself. `task` tells
+    peft which layer is the read-out, which gets none."""
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets,
-                        task_type="CAUSAL_LM", bias="none")
+                        task_type=task, bias="none")
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of experts, which are refused below, and of a flag it then sets by itself
         torch.manual_seed(seed)
@@ -111,16 +137,15 @@ def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int) -> None:
                            "not supported yet: name other layers in policy.adapter.targets"])
 
 
-def require_rows(model: HFModel, vocab_size: int) -> None:
+def require_rows(rows: int, vocab_size: int) -> None:
     """Raise `ConfigError` where the tokenizer has ids for which the model has no embedding."""
-    rows = len(model.output_weight)
     if vocab_size > rows:
         raise ConfigError(
             [f"the tokenizer has {vocab_size} tokens, the model {rows} embeddings"],
             next_step="Take the tokenizer the weights were trained with (tokenizer: {use: hf, weights: ...}).")
 
 
-def follows_trees(model: HFModel) -> bool:
+def follows_trees(model: HFTrunk) -> bool:
     """Whether prompts can be computed once for all their answers."""
     try:
         return attends_to_all(model.causal.config) and tree_error(model) <= TOLERANCE
@@ -128,7 +153,7 @@ def follows_trees(model: HFModel) -> bool:
         return False
 
 
-def packs(spec: HF, model: HFModel) -> bool:
+def packs(spec: HF, model: HFTrunk) -> bool:
     """Whether sequences are packed; see `HF.packing`."""
     if spec.packing == "never" or (spec.packing == "auto" and not spec.attention.startswith("flash")):
         return False

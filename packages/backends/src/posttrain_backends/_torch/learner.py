@@ -20,16 +20,17 @@ from posttrain.data import Array, Loss, Metric, Metrics, MicroBatch, Rollouts, T
 from posttrain.errors import ConfigError, Diverged
 from posttrain.loss import SHARED
 from posttrain.ops import ops_of
-from posttrain.protocols import Objective, Optimization, Output
+from posttrain.protocols import Objective, Optimization, Output, Scorer
 from torch import Tensor, nn
 
 from posttrain_backends._torch.head import chosen_logprobs
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
-from posttrain_backends._torch.models.interface import LanguageModel
+from posttrain_backends._torch.models.interface import AdaptedLanguageModel, LanguageModel, Trunk, ValueModel
 from posttrain_backends._torch.optimizer import NamedAdamW
 from posttrain_backends._torch.sharing import computed
+from posttrain_backends._torch.unadapted import Unadapted
 
 VALUE_HEAD = "value_head."
 """Before the names of the value head's parameters, which belong to the learner and not to the model."""
@@ -60,15 +61,17 @@ class TorchLearner:
     """See `posttrain.protocols.Learner`. Without `optimization` it scores only and holds no gradients and no moments.
 
     `head_rows` are the rows of one chunk of logits, 0 for as many as suit the device; gradients are summed over the
-    ranks of `comm`, whose learners hold equal weights.
+    ranks of `comm`, whose learners hold equal weights. A model of values alone brings its own value head.
     """
 
-    def __init__(self, model: LanguageModel, *, optimization: Optimization | None = None, value_heads: int = 0,
-                 head_rows: int = 0, comm: Comm = SingleProcess()) -> None:
-        weight = model.output_weight
-        self.model, self.device, self._dtype = model, weight.device, weight.dtype
+    def __init__(self, model: LanguageModel | ValueModel, *, optimization: Optimization | None = None,
+                 value_heads: int = 0, head_rows: int = 0, comm: Comm = SingleProcess()) -> None:
+        self._language = None if isinstance(model, ValueModel) else model
+        self.trunk: Trunk = model
+        weight = model.value_head.weight if isinstance(model, ValueModel) else model.output_weight
+        self.device, self._dtype = weight.device, weight.dtype
         self._head_rows, self._version = head_rows, 0
-        self.value_head = _value_head(value_heads, weight) if value_heads else None
+        self.value_head = model.value_head if isinstance(model, ValueModel) else _value_head(value_heads, weight)
         self._parameters = {n: p for n, p in self._named_parameters() if p.requires_grad} if optimization else {}
         if not optimization:
             for _, p in self._named_parameters():
@@ -80,7 +83,7 @@ class TorchLearner:
         self._start: dict[str, Tensor] | None = None
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.model.named_parameters()
+        yield from self.trunk.named_parameters()
         if self.value_head is not None:
             for name, p in self.value_head.named_parameters():
                 yield VALUE_HEAD + name, p
@@ -88,9 +91,17 @@ class TorchLearner:
     # ---- what the model says
 
     @property
+    def model(self) -> LanguageModel:
+        """The language model. Raises `ConfigError` where values are all that the model gives."""
+        if self._language is None:
+            raise ConfigError(["this model gives values and no log-probs; it can be a critic alone"])
+        return self._language
+
+    @property
     def provides(self) -> frozenset[Output]:
+        tokens = {Output.LOGPROBS, Output.ENTROPY} if self._language is not None else set()
         values = {Output.VALUES, Output.BOOTSTRAP_VALUES} if self.value_head is not None else set()
-        return frozenset({Output.LOGPROBS, Output.ENTROPY} | values)
+        return frozenset(tokens | values)
 
     @property
     def version(self) -> int:
@@ -116,18 +127,18 @@ class TorchLearner:
         tokens, before = np.asarray(tokens), np.asarray(source) - 1
         ends = np.asarray(last)[:len(last) if Output.BOOTSTRAP_VALUES in outputs else 0]
         need = computed(tokens, offsets, np.concatenate([before, ends]), self.device,
-                        shared=self.model.shares_prompts)
+                        shared=self.trunk.shares_prompts)
         return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
                         self._ids(tokens[before + 1]), self._ids(need.place[ends]))
 
     def _outputs(self, actions: _Actions, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
-        hidden = self.model.hidden(actions.tokens, actions.layout)
+        hidden = self.trunk.hidden(actions.tokens, actions.layout)
         before = hidden.index_select(0, actions.before)
         logprobs, entropy = torch.full((len(before),), float("nan"), dtype=self._dtype, device=self.device), None
         if outputs & {Output.LOGPROBS, Output.ENTROPY}:
             logprobs, entropy = chosen_logprobs(
                 before, self.model.output_weight, actions.chosen, temperature=temperature,
-                rows=self._head_rows, entropy=Output.ENTROPY in outputs, compute=self.model.compute_dtype)
+                rows=self._head_rows, entropy=Output.ENTROPY in outputs, compute=self.trunk.compute_dtype)
         return TokenOutputs(
             logprobs=logprobs, entropy=entropy,
             values=self._values(before) if Output.VALUES in outputs else None,
@@ -140,11 +151,17 @@ class TorchLearner:
 
     def _check_outputs(self, outputs: frozenset[Output]) -> None:
         if missing := outputs - self.provides:
-            hint = " (no value head was asked for)" if Output.VALUES in missing else ""
+            hint = " (no value head was asked for)" if Output.VALUES in missing else (
+                " from this model" if self._language is None else "")
             raise ConfigError([f"the torch backend gives no {', '.join(sorted(missing))}{hint}"])
 
     def _ids(self, x: Array) -> Tensor:
         return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(self.device)
+
+    def base(self) -> Scorer | None:
+        """The model before its adapter; see `posttrain.protocols.Adapted`."""
+        model = self.trunk
+        return Unadapted(self, model) if isinstance(model, AdaptedLanguageModel) and model.has_adapter else None
 
     # ---- one optimiser step
 
@@ -274,12 +291,12 @@ class TorchLearner:
 
     def params(self) -> Iterator[tuple[str, Array]]:
         """The model's parameters and buffers, live; value heads are no part of a policy."""
-        yield from self.model.state_dict().items()
+        yield from self.trunk.state_dict().items()
 
     def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None:
         """Replace all the model's weights. Raises `ConfigError` where names or shapes do not fit."""
         given = ((name, torch.as_tensor(x)) for name, x in items)
-        files.copy_named(given, self.model.state_dict(), "the given set of weights")
+        files.copy_named(given, self.trunk.state_dict(), "the given set of weights")
         self._version = version
 
     def state(self) -> Mapping[str, np.ndarray]:
@@ -307,7 +324,7 @@ class TorchLearner:
 
     def _live(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that resuming needs, by the name it has in `state`."""
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in self.trunk.state_dict().items():
             yield f"weights.{name}", tensor
         if self.value_head is not None:
             for name, tensor in self.value_head.state_dict().items():
@@ -317,13 +334,15 @@ class TorchLearner:
 
     def save(self, directory: Path) -> None:
         """Write the model's folder and, where there is one, `value_head.safetensors`."""
-        self.model.save(Path(directory))
-        if self.value_head is not None:
+        self.trunk.save(Path(directory))
+        if self.value_head is not None and self._language is not None:  # else it is the model's own and written with it
             files.write_value_head(Path(directory), self.value_head.state_dict())
 
 
-def _value_head(outputs: int, weight: Tensor) -> nn.Linear:
-    """A linear read-out that begins at 0, so that the first values are 0 whatever the trunk."""
+def _value_head(outputs: int, weight: Tensor) -> nn.Linear | None:
+    """A linear read-out that begins at 0, so that the first values are 0 whatever the trunk; None without outputs."""
+    if not outputs:
+        return None
     head = nn.Linear(weight.shape[1], outputs, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
     for p in head.parameters():
         nn.init.zeros_(p)

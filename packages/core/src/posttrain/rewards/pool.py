@@ -8,6 +8,9 @@ Two kinds of process, one loop:
   not the threads of the run, so such a reward must not use CUDA, and PyTorch only with one thread (which is set).
   What it remembers from call to call, it remembers in its worker, as long as that lives.
 
+A reward that is a model (a `RewardSource`) has no worker: it is loaded into this process and called in it, without
+deadline.
+
 Where forking is not possible (not Linux, `reward_workers.fork: false`) a function from Python is called in process,
 without deadline, after one warning. Knows calls and processes; what an outcome means is in `scoring.py`.
 """
@@ -33,6 +36,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from posttrain.errors import RewardError
+from posttrain.protocols import Reward, RewardSource
 from posttrain.rewards.calls import Ended, Origin, Outcome, Overdue, outcome
 from posttrain.rewards.worker import ONE_THREAD, isolate, serve
 
@@ -52,7 +56,7 @@ class Called(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def call(self) -> Callable[..., Any]: ...
+    def call(self) -> Callable[..., Any] | RewardSource: ...
     @property
     def origin(self) -> Origin | None:
         """None where it was handed over from Python."""
@@ -119,16 +123,19 @@ class Pool:
         """Workers that were replaced, by the reward they were busy with."""
         self._crews: list[_Crew] = []
         self._crew_of: dict[int, _Crew] = {}
-        named = tuple(i for i, r in enumerate(rewards) if _travels(r.origin))
+        self._models: dict[int, Reward] = {}
+        self._threads = training_threads
+        functions = [i for i, r in enumerate(rewards) if callable(r.call)]
+        named = tuple(i for i in functions if _travels(rewards[i].origin))
         if named:
             self._add(_Crew(named, count or _workers_at_hand(training_threads), self._fresh))
-        for i in sorted({*range(len(rewards))} - {*named}):
+        for i in sorted({*functions} - {*named}):
             if fork and sys.platform == "linux":
                 self._add(_Crew((i,), 1, partial(self._forked, i)))
         self._named = named
 
     def __enter__(self) -> Self:
-        local = [r.name for i, r in enumerate(self.rewards) if i not in self._crew_of]
+        local = [r.name for i, r in enumerate(self.rewards) if i not in self._crew_of and callable(r.call)]
         if local:
             log.warning("called in this process, without a deadline, since functions from Python need a fork: %s; name "
                         "them as file: path.py:name to have them in workers", ", ".join(local))
@@ -160,6 +167,20 @@ class Pool:
         """Whether the reward's calls are shared out among workers; else one call holds all rows of a step."""
         return reward in self._named
 
+    def load(self, reward: int) -> None:
+        """Load a reward that is a model, unless it is loaded; one that is a function needs nothing here."""
+        source = self.rewards[reward].call
+        if not callable(source) and reward not in self._models:
+            self._models[reward] = source.load(self._threads)
+
+    def call(self, reward: int) -> Callable[..., Any]:
+        """The function of a reward; a model is loaded for it."""
+        function = self.rewards[reward].call
+        if callable(function):
+            return function
+        self.load(reward)
+        return self._models[reward]
+
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The outcome of each job. Starts workers where none are there; an exception leaves none that is busy."""
         self._start()
@@ -172,7 +193,7 @@ class Pool:
             self._hand_out()
             for i, job in enumerate(jobs):  # while the workers are busy
                 if job.reward not in self._crew_of:
-                    found[i] = outcome(self.rewards[job.reward].call, job.columns, len(job.rows))
+                    found[i] = outcome(self.call(job.reward), job.columns, len(job.rows))
             while len(found) < len(jobs):
                 for job, result in self._finished():
                     found[number[id(job)]] = result
@@ -295,7 +316,7 @@ class Pool:
             if (torch := sys.modules.get("torch")) is not None:
                 torch.set_num_threads(1)  # the threads of its pool were not copied; a second one would wait for them
             with suppress(EOFError, OSError):
-                serve(theirs, [self.rewards[reward].call])
+                serve(theirs, [self.call(reward)])
             code = 0
         except BaseException:  # nothing of the run may go on in this process
             traceback.print_exc()

@@ -24,6 +24,7 @@ import numpy as np
 
 from posttrain.data import Metric, Metrics, Rollouts, offsets_of
 from posttrain.errors import RewardError, did_you_mean
+from posttrain.protocols import RewardSource
 from posttrain.rewards.calls import Failed, Origin, Outcome, Overdue, Raised, Returned, Wrong
 from posttrain.rewards.pool import Job, Pool, Traceback, ending
 
@@ -43,7 +44,7 @@ class Entry(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def call(self) -> Callable[..., Any]: ...
+    def call(self) -> Callable[..., Any] | RewardSource: ...
     @property
     def weight(self) -> float: ...
     @property
@@ -77,9 +78,9 @@ def score(rollouts: Rollouts, rewards: Sequence[Entry], pool: Pool,
 
     A reward receives `prompts` (text, messages or token ids, as the rows hold them), `completions` (texts),
     `completion_ids` (the tokens that the policy chose) and every column of the rows as a list, None where a row lacks
-    it; of these, what its signature accepts. One from Python is called once on all episodes; one that a configuration
-    names is called on whole groups, several at a time, which do not depend on the number of workers. Rows of a call
-    that fails are called again one by one, so that a failure concerns its own row alone.
+    it; of these, what its signature accepts. One from Python and one that is a model are called once on all episodes;
+    one that a configuration names is called on whole groups, several at a time, which do not depend on the number of
+    workers. Rows of a call that fails are called again one by one, so that a failure concerns its own row alone.
 
     `pool` holds the same rewards. Metrics: `NAME/errors`, `NAME/timeouts`, `NAME/respawned` (workers replaced),
     and `dropped` (episodes left out).
@@ -151,7 +152,7 @@ def _called(rollouts: Rollouts, rewards: Sequence[Entry], pool: Pool, max_error_
     E = rollouts.n_episodes
     found = [_Scores(np.zeros(E), np.zeros(E, bool)) for _ in rewards]
     columns, where = _columns(rollouts), _labels(rollouts)
-    accepted = [_accepted(entry, columns) for entry in rewards] if E else []
+    accepted = [_accepted(entry, pool.call(i), columns) for i, entry in enumerate(rewards)] if E else []
     def job(reward: int, rows: tuple[int, ...]) -> Job:
         return Job(reward, rows, {n: [values[e] for e in rows] for n, values in accepted[reward].items()})
     whole = tuple(range(E))
@@ -253,7 +254,9 @@ def _said(entry: Entry, failure: Failed, row: str) -> str:
     match failure:
         case Raised(error, place, _):
             return (f"reward '{entry.name}' raised {error}{row}{f' at {place}' if place else ''}\n"
-                    "mend the function; for rows to which it does not apply, let it return None")
+                    + ("mend the function; for rows to which it does not apply, let it return None"
+                       if callable(entry.call) else
+                       f"to go on without such rows set rewards.{entry.name}.on_error: drop_sample"))
         case Overdue(seconds):
             return (f"reward '{entry.name}' did not answer within {seconds:g} s{row}\n"
                     f"mend the function, or raise rewards.{entry.name}.timeout")
@@ -272,10 +275,10 @@ def _on_last_token(rollouts: Rollouts, outcome: np.ndarray) -> np.ndarray:
     return placed
 
 
-def _accepted(entry: Entry, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def _accepted(entry: Entry, call: Callable[..., Any], columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """The columns that the reward's signature accepts; all where it takes `**columns`."""
     try:
-        parameters = inspect.signature(entry.call).parameters.values()
+        parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):  # some functions in C tell no signature
         return dict(columns)
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

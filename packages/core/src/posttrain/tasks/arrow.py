@@ -16,8 +16,8 @@ from itertools import accumulate
 from typing import Any, final
 
 from posttrain.errors import DataError, PluginError, Problem
+from posttrain.progress import shown
 from posttrain.tasks.formats import Row, row_of
-from posttrain.tasks.progress import shown
 from posttrain.tasks.storage import Stamp, temporary, unreadable
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ Knows which module reads which ending; not what columns mean.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, final
 
-from posttrain.errors import DataError, Problem
+from posttrain.errors import SHOWN, DataError, Problem
 from posttrain.tasks.arrow import read_arrow, read_parquet
 from posttrain.tasks.formats import Row, RowTable, row_of
 from posttrain.tasks.records import read_csv, read_jsonl
@@ -48,8 +49,22 @@ def read(path: str, limit: int = 0) -> Table:
 
 
 def given_rows(name: str, rows: Sequence[Any]) -> RowTable:
-    """Rows handed over from Python."""
-    return [row_of(f"{name}[{i}]", columns) for i, columns in enumerate(rows)]
+    """Rows handed over from Python, as they are when the run is resumed and reads them from the file that is kept.
+
+    Raises one `DataError` with every row that JSON cannot hold.
+
+    >>> given_rows("rows", [{"prompt": "1+1=", "near": (1, 3)}])[0].columns
+    {'prompt': '1+1=', 'near': [1, 3]}
+    """
+    kept, wrong = list[Row](), list[Problem]()
+    for i, columns in enumerate(rows):
+        try:
+            kept.append(row_of(f"{name}[{i}]", json.loads(json.dumps(columns, ensure_ascii=False).encode())))
+        except (TypeError, ValueError) as error:
+            wrong.append(Problem(f"cannot be kept with the run as JSON: {error}", f"{name}[{i}]"))
+    if wrong:
+        raise DataError(wrong[:SHOWN], f"{name}: {len(wrong)} of {len(rows)} rows cannot be kept")
+    return kept
 
 
 def _ends(name: str) -> bool:

@@ -6,9 +6,9 @@ Knows one row at a time and what a tokenizer can encode. Nothing about files, ep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from posttrain.data import Prompt
 from posttrain.errors import SHOWN, DataError, Problem, did_you_mean
@@ -67,7 +67,8 @@ def row_of(where: str, columns: Any) -> Row:
     """A row as it was read; what is no row at all keeps its problem."""
     if not isinstance(columns, Mapping):
         return Row(where, problem=f"a row is an object with columns, found {kind_of(columns)}")
-    if found := [name for name in RESERVED if name in columns]:
+    if not columns.keys().isdisjoint(RESERVED):
+        found = [name for name in RESERVED if name in columns]
         return Row(where, problem=f"column '{found[0]}' has the name of an argument of every reward; rename it")
     return Row(where, columns)
 
@@ -81,24 +82,41 @@ class Keys:
     completion: str = "completion"
 
 
-def detect(name: str, rows: Iterable[Mapping[str, Any]], keys: Keys) -> Format:
-    """What the columns of file `name` mean, by what most of its rows hold. Passes once over the rows, keeps none."""
-    total, present, answers, ends = 0, Counter[str](), Counter[str](), Counter[str]()
-    for row in rows:
-        total += 1
-        present.update(row.keys())
-        answers.update(c for c in {keys.completion, ANSWER_IN_RL2} if c in row and _is_answer(row[c]))
-        ends.update(c for c in {keys.prompt, keys.messages} if c in row and _last_role(row[c]) == "assistant")
-    asked = max((keys.prompt, keys.messages), key=lambda column: present[column])
-    if total and not present[asked]:
-        found = sorted(present)
-        hint = did_you_mean(keys.prompt, found) or did_you_mean(keys.messages, found)
-        raise DataError([Problem(
-            f"no row has a column '{keys.prompt}' or '{keys.messages}'{hint}; the columns are "
-            f"{', '.join(found[:SHOWN]) or 'none'}: name one by task.prompt_key or task.messages_key", name)])
-    given = next((c for c in (keys.completion, ANSWER_IN_RL2) if 2 * answers[c] > present[c]), "")
-    answered = not given and 2 * ends[asked] > present[asked]
-    return Format(asked, given, answered, rl2=present["extra_info"] > 0)
+@final
+class Census:
+    """Counts what the columns of a file hold, row by row, and keeps no row."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._asked = tuple(dict.fromkeys((keys.prompt, keys.messages)))
+        self._answers = tuple(dict.fromkeys((keys.completion, ANSWER_IN_RL2)))
+        self._rows = 0
+        self._present, self._answered, self._ends = Counter[str](), Counter[str](), Counter[str]()
+
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """One more row."""
+        self._rows += 1
+        for column in columns:
+            self._present[column] += 1
+        for column in self._answers:
+            if column in columns and _is_answer(columns[column]):
+                self._answered[column] += 1
+        for column in self._asked:
+            if column in columns and _last_role(columns[column]) == "assistant":
+                self._ends[column] += 1
+
+    def format(self, name: str) -> Format:
+        """What the columns of file `name` mean, by what most of its rows hold. Raises `DataError` where no row has a
+        prompt."""
+        present, asked = self._present, max(self._asked, key=lambda column: self._present[column])
+        if self._rows and not present[asked]:
+            found = sorted(present)
+            hint = next(filter(None, (did_you_mean(column, found) for column in self._asked)), "")
+            raise DataError([Problem(
+                f"no row has a column {' or '.join(map(repr, self._asked))}{hint}; the columns are "
+                f"{', '.join(found[:SHOWN]) or 'none'}: name one by task.prompt_key or task.messages_key", name)])
+        given = next((c for c in self._answers if 2 * self._answered[c] > present[c]), "")
+        answered = not given and 2 * self._ends[asked] > present[asked]
+        return Format(asked, given, answered, rl2=present["extra_info"] > 0)
 
 
 def _is_answer(value: Any) -> bool:
@@ -106,7 +124,7 @@ def _is_answer(value: Any) -> bool:
 
 
 def _last_role(prompt: Any) -> Any:
-    last = prompt[-1] if isinstance(prompt, list | tuple) and prompt else None
+    last = prompt[-1] if isinstance(prompt, (list, tuple)) and prompt else None
     return last.get("role") if isinstance(last, Mapping) else None
 
 
@@ -137,6 +155,8 @@ def problems_of(row: Row, number: int, form: Format, tokenizer: Tokenizer, longe
 def _asked(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> str | tuple[Message, ...] | None:
     """Text or messages of the prompt column; what is wrong is added to `wrong`."""
     value = columns.get(form.prompt)
+    if isinstance(value, str) and value.strip() and not form.answered:
+        return value
     if form.prompt not in columns:
         wrong.append(f"column '{form.prompt}' is missing; the row has {', '.join(columns) or 'no column'}")
     elif isinstance(value, str | list | tuple) and not value:
@@ -150,8 +170,6 @@ def _asked(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> str | 
         wrong.append(f"column '{form.prompt}' should be text or a list of messages, found {kind_of(value)}")
     elif form.answered:
         wrong.append(f"column '{form.prompt}' is text, but other rows hold conversations that end with the answer")
-    elif value.strip():
-        return value
     else:
         wrong.append(f"column '{form.prompt}' is empty")
     return None
@@ -215,7 +233,9 @@ def _extra(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> dict[s
     """All other columns, those inside `extra_info` among them."""
     extra = {name: value for name, value in columns.items() if name != form.prompt}
     inside = extra.get("extra_info")
-    for name, value in inside.items() if isinstance(inside, Mapping) else ():
+    if inside is None or not isinstance(inside, Mapping):
+        return extra
+    for name, value in inside.items():
         if name in RESERVED or (name in extra and extra[name] != value):
             wrong.append(f"column 'extra_info' holds '{name}', which is also " + (
                 "an argument of every reward; rename it" if name in RESERVED else "a column with another value"))

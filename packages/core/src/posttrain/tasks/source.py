@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import SupportsIndex, final, overload
 
 import numpy as np
 
 from posttrain.data import Prompt
 from posttrain.errors import SHOWN, DataError, Problem
+from posttrain.progress import shown
 from posttrain.protocols import PromptSource, RowRules, Tokenizer
-from posttrain.tasks.formats import Format, Keys, RowTable, detect, problems_of, prompt_of
-from posttrain.tasks.progress import shown
+from posttrain.tasks.formats import Census, Format, Keys, RowTable, problems_of, prompt_of
 
 log = logging.getLogger(__name__)
+
+_FIRST = 1000
+"""Rows by which the meaning of the columns is guessed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +152,40 @@ class Checked:
 
 
 def _checked(table: Table, keys: Keys, tokenizer: Tokenizer, rules: RowRules) -> Checked:
-    name, n = table.name, len(table.rows)
-    if not n:
-        raise DataError([Problem("there is no row; write one JSON object per line", name)])
-    rows = shown(table.rows, f"{name}: read", n, "rows")
-    form = detect(name, (row.columns for row in rows if not row.problem), keys)
+    """Reads the rows once where the first of them are like the rest, else twice."""
+    if not len(table.rows):
+        raise DataError([Problem("there is no row; write one JSON object per line", table.name)])
+    form = _guessed(table, keys)
+    checked, found = _checked_as(form, table, keys, tokenizer, rules)
+    return checked if found == form else _checked_as(found, table, keys, tokenizer, rules)[0]
+
+
+def _guessed(table: Table, keys: Keys) -> Format:
+    """What the columns mean, by the first rows."""
+    census = Census(keys)
+    for row in islice(table.rows, _FIRST):
+        if not row.problem:
+            census.add(row.columns)
+    with suppress(DataError):  # later rows may have what these lack
+        return census.format(table.name)
+    return Format(keys.prompt)
+
+
+def _checked_as(form: Format, table: Table, keys: Keys, tokenizer: Tokenizer, rules: RowRules
+                ) -> tuple[Checked, Format]:
+    """All rows, checked as if their columns meant `form`; and what they mean. Raises `DataError` where no row has a
+    prompt."""
+    name, n, census = table.name, len(table.rows), Census(keys)
     good, problems, first = np.ones(n, bool), 0, list[Problem]()
     for i, row in enumerate(shown(table.rows, f"{name}: checked", n, "rows")):
+        if not row.problem:
+            census.add(row.columns)
         if wrong := problems_of(row, i, form, tokenizer, rules.max_prompt_tokens):
             good[i], problems = False, problems + len(wrong)
             first += wrong[: SHOWN - len(first)]
     numbers = range(n) if good.all() else np.flatnonzero(good)
-    return Checked(name, n, form, Prompts(table.rows, form, numbers), n - len(numbers), problems, tuple(first))
+    return Checked(name, n, form, Prompts(table.rows, form, numbers), n - len(numbers), problems,
+                   tuple(first)), census.format(name)
 
 
 def _refusal(bad: Sequence[Checked]) -> DataError:

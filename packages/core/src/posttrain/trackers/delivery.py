@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Protocol, final, runtime_checkable
 
 from posttrain.checkpoint import FOLDER as CHECKPOINTS
 from posttrain.checkpoint import published
+from posttrain.progress import doing
 from posttrain.protocols import ObservedRun
 from posttrain.rundir import CONFIG, MANIFEST, SAMPLES
 from posttrain.trackers.ledger import Ledger, Record, Status, ledger_path, read_records, waiting
@@ -33,6 +35,9 @@ FIRST_DELAY, LAST_DELAY = 1.0, 60.0
 
 AT_ONCE = (CONFIG, MANIFEST)
 """Files attached as soon as there is a connection."""
+
+LAST_TRY = 1.5
+"""Seconds of a last attempt at the end of a run, where the server has not answered for long."""
 
 LATER = (SAMPLES, "report.html")
 """Files attached with each checkpoint and at the end, where they are there."""
@@ -110,6 +115,8 @@ class Courier:
         self._lock, self._abandoned = threading.Lock(), False
         self._offset = 0
         self._time = 0.0
+        self.arrived = time.monotonic()
+        """When something last did, on the monotonic clock."""
 
     def bring(self, status: Status = "running") -> int:
         """Deliver everything that is not there yet, and end the remote run where `status` says that it ended.
@@ -185,7 +192,7 @@ class Courier:
 
     def _note_all(self, ledger: Ledger) -> None:
         self._save(ledger)
-        self.ledger = ledger
+        self.ledger, self.arrived = ledger, time.monotonic()
 
     def _save(self, ledger: Ledger) -> None:
         with self._lock:
@@ -212,14 +219,18 @@ class Courier:
 class Delivery:
     """A tracker session: a thread that looks for new lines, with a courier; deliveries that fail break the circuit."""
 
-    def __init__(self, name: str, tracker: Remote, run: ObservedRun, *, interval: float = 1.0) -> None:
-        """`interval`: seconds between two looks, so that fast steps are gathered."""
+    def __init__(self, name: str, tracker: Remote, run: ObservedRun, *, interval: float = 1.0,
+                 give_up: Callable[[], None] = lambda: None) -> None:
+        """`interval`: seconds between two looks, so that fast steps are gathered. `give_up`: ends what the tracker's
+        client has under way that would hold up the end of the process."""
+        self._give_up = give_up
         self._courier = Courier(name, tracker, run.directory)
         self._courier.told("running")
         self._name, self._timeout, self._interval = name, tracker.finish_timeout, interval
         self._ended = threading.Event()
         self._status: Status = "running"
         self._error = ""
+        self._alive = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -230,19 +241,29 @@ class Delivery:
         """The record is in the run directory already; not even a lock is shared with the loop."""
 
     def finished(self, error: BaseException | None) -> None:
-        """Waits `finish_timeout` seconds for the rest to arrive; then the thread is left to itself."""
+        """Waits for the rest to arrive, `finish_timeout` seconds after the last sign of life of the server, at least
+        `LAST_TRY`; then the thread is left to itself."""
         self._status = status_of(error)
+        wait = self._patience()
         self._ended.set()
-        self._thread.join(self._timeout)
+        with doing(f"tracker '{self._name}': sending what has not arrived"):
+            self._thread.join(wait)
         if self._thread.is_alive() or self._error:
+            self._error = self._error or f"no answer for {time.monotonic() - self._alive:.1f} s"
             self._courier.abandon(self._status)
             self._tell_what_is_left()
+            self._give_up()
+
+    def _patience(self) -> float:
+        """Seconds that the end of the run is held up at most: short for a server that does not answer for long."""
+        silent = time.monotonic() - max(self._alive, self._courier.arrived)
+        left = 0.0 if self._error else self._timeout - silent
+        return min(max(left, LAST_TRY), self._timeout)
 
     def _tell_what_is_left(self) -> None:
         courier = self._courier
-        reason = self._error or f"no answer within {self._timeout:g} s"
         logger.warning("tracker '%s': %d records did not arrive at %s (%s); they are in the run directory; send them: "
-                       "posttrain sync %s", self._name, courier.left(), courier.ledger.place, reason,
+                       "posttrain sync %s", self._name, courier.left(), courier.ledger.place, self._error,
                        courier.directory)
 
     def _work(self) -> None:
@@ -273,7 +294,7 @@ class Delivery:
         return min(2 * delay or FIRST_DELAY, LAST_DELAY)
 
     def _whole(self, delay: float) -> float:
-        self._error = ""
+        self._error, self._alive = "", time.monotonic()
         if delay:
             logger.warning("tracker '%s' takes records again; everything so far has arrived", self._name)
         return 0.0

@@ -6,8 +6,10 @@ Through `delivery.py` like every other. wandb itself is imported in the thread t
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 NAME = "wandb"
+
+SERVICE = "WANDB_SERVICE"
+"""Variable by which wandb finds its service process, where this process has one already."""
+PROGRAM = "wandb-core"
+"""That process. wandb waits for it at the end of the Python process, for a hanging server ten seconds and more."""
+
+NO_TELEMETRY = ("WANDB_ERROR_REPORTING", "false")
+"""wandb's own reports go by way of the same server, and it waits for them at the end of the process, too."""
 
 EXIT_CODE: Mapping[Status, int] = {"running": 0, "finished": 0, "failed": 1, "killed": 143}
 
@@ -49,8 +59,7 @@ class Wandb:
     tags: tuple[str, ...] = ()
     """Words to find the run by."""
     finish_timeout: float = 10.0
-    """Seconds to wait at the end of the run for what has not arrived, and for wandb's own connections: a server that
-    hangs may take wandb twice as long to give up."""
+    """Seconds to wait at the end of the run for what has not arrived, and for wandb's own connections."""
 
     def __post_init__(self) -> None:
         require(NAME, "wandb")
@@ -59,7 +68,10 @@ class Wandb:
 
     def start(self, run: ObservedRun) -> TrackerSession:
         """Starts the thread that delivers; connects to nothing by itself."""
-        return Silent() if self.mode == "disabled" else Delivery(NAME, self, run)
+        if self.mode == "disabled":
+            return Silent()
+        ours = self.mode == "online" and SERVICE not in os.environ
+        return Delivery(NAME, self, run, give_up=_end_service if ours else _leave_service)
 
     def settled(self, directory: Path) -> Wandb:
         return replace(self, run_name=self.run_name or directory.resolve().name)
@@ -72,12 +84,15 @@ class Wandb:
 
     def connect(self, directory: Path, ledger: Ledger) -> _WandbRun:
         """Begins the run of the ledger's key, or goes on with it."""
+        os.environ.setdefault(*NO_TELEMETRY)
         import wandb
 
-        patience = max(self.finish_timeout, 1.0)  # wandb holds up the exit of the process for as long as this
+        patience = max(self.finish_timeout, 1.0)
         settings = wandb.Settings(
             console="off", silent=True, save_code=False, disable_git=True, init_timeout=patience,
-            login_timeout=patience, finish_timeout=patience, x_graphql_timeout_seconds=patience)
+            login_timeout=patience, finish_timeout=patience,
+            finish_timeout_raises=True,  # else a run that was not uploaded would count as closed
+            x_graphql_timeout_seconds=patience)
         try:
             return _WandbRun(self._begun(directory, ledger, settings))
         except Exception:
@@ -124,3 +139,22 @@ class _WandbRun:
 
     def close(self, status: Status, time: float) -> None:
         self._run.finish(exit_code=EXIT_CODE[status])
+
+
+def _leave_service() -> None:
+    """It belongs to others in this process, or writes to the disk alone."""
+
+
+def _end_service() -> None:
+    """Kill wandb's service process, so that the end of this process does not wait for it. What it had not uploaded is
+    sent by `posttrain sync`, which asks the server for the last step that it has."""
+    import psutil
+    import wandb
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() == PROGRAM:
+                child.kill()
+                child.wait(1.0)
+    with suppress(ConnectionError):  # wandb says goodbye to it; a later run in this process starts another one
+        wandb.teardown()

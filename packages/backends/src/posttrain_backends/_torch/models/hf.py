@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face transformers with the interface of `LanguageModel`. Knows no learner.
+"""Causal models of Hugging Face transformers with the interface of `LanguageModel`, or of its trunk. Knows no learner.
 
 The library's own module computes hidden states; the output matrix is applied by the learner in chunks, so the module's
 logits never exist. Sequences are padded on the right, block by block, which no causal model sees; where the load-time
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.trees import Forest, forest
+from posttrain_backends._torch.unadapted import switched_off
 
 log = logging.getLogger(__name__)
 
@@ -35,27 +36,28 @@ TOLERANCE = 1e-4
 """Of the probes, in float32 and relative to the largest hidden state: what is not exact is far above it."""
 
 
-class HFModel:
-    """A module without a cache that we can write: engines compute pasts anew.
+class HFTrunk:
+    """Hidden states of a causal module of any read-out.
 
-    `causal` is the whole `AutoModelForCausalLM`; its trunk and its output matrix are used apart from each other.
+    `causal` is the whole module; its trunk and its read-out `matrix` [outputs, H] are used apart from each other.
     """
 
-    def __init__(self, causal: PreTrainedModel, precision: Precision, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, causal: PreTrainedModel, matrix: Tensor, precision: Precision, *,
+                 gradient_checkpointing: bool = False) -> None:
         self.causal, self.precision = causal, precision
         self.packed = self.trees = False
         """Whether sequences stand in one row, and shared beginnings once: only where a probe proved it exact."""
         self.trunk: nn.Module = causal.base_model
         self._takes_positions = "position_ids" in _parameters(self.trunk)
         self._trains_in_train_mode = gradient_checkpointing
-        self.device = self.output_weight.device
+        self.device, self._width = matrix.device, matrix.shape[1]
         if gradient_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
-    def output_weight(self) -> Tensor:
-        weight: Tensor = self.causal.get_output_embeddings().weight
-        return weight
+    def embeddings(self) -> int:
+        """Token ids that the module knows."""
+        return len(self.causal.get_input_embeddings().weight)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -78,11 +80,11 @@ class HFModel:
         """[M] token ids -> [M, H]."""
         with self.autocast(), self._mode():
             if self.packed and len(tokens):
-                together: Tensor = self._run(tokens[None], layout.positions[None]).last_hidden_state
+                together: Tensor = self.run(tokens[None], layout.positions[None]).last_hidden_state
                 return together[0]
-            if self.trees and (found := forest(layout, self.output_weight.shape[1])) is not None:
+            if self.trees and (found := forest(layout, self._width)) is not None:
                 return self._over(found, tokens, layout)
-            parts = [block.unpad(self._run(block.pad(tokens)).last_hidden_state) for block in layout.blocks]
+            parts = [block.unpad(self.run(block.pad(tokens)).last_hidden_state) for block in layout.blocks]
         return self._in_order(parts, layout)
 
     def _over(self, trees: Forest, tokens: Tensor, layout: Layout) -> Tensor:
@@ -92,11 +94,11 @@ class HFModel:
             mask = torch.zeros(sees.shape, dtype=self.compute_dtype, device=self.device)
             mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
             with self._masked_attention():
-                out = self._run(block.pad(tokens), block.pad(layout.positions), attention_mask=mask)
+                out = self.run(block.pad(tokens), block.pad(layout.positions), attention_mask=mask)
             parts.append(block.unpad(out.last_hidden_state))
         return torch.cat(parts).index_select(0, trees.inverse)
 
-    def _run(self, tokens: Tensor, positions: Tensor | None = None, **named: Any) -> Any:
+    def run(self, tokens: Tensor, positions: Tensor | None = None, **named: Any) -> Any:
         """The trunk on [rows, columns] ids; positions count from 0 in every row where none are given."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -125,7 +127,7 @@ class HFModel:
 
     def _in_order(self, parts: Sequence[Tensor], layout: Layout) -> Tensor:
         if not parts:
-            return self.output_weight.new_zeros(0, self.output_weight.shape[1])
+            return torch.zeros(0, self._width, dtype=self.causal.dtype, device=self.device)
         return parts[0] if layout.inverse is None else torch.cat(list(parts)).index_select(0, layout.inverse)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -137,13 +139,36 @@ class HFModel:
         adapter = {name: tensor for name, tensor in names.items() if ADAPTER in name}
         return adapter or _without_ties(names)
 
-    def requires_grad_(self, requires_grad: bool = True, /) -> HFModel:
+    @property
+    def has_adapter(self) -> bool:
+        return bool(adapted(self.causal))
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        return switched_off(list(adapted(self.causal).values()))
+
+    def weights_under_adapter(self) -> Mapping[str, Tensor]:
+        return _without_ties(_unadapted(self.causal))
+
+    def requires_grad_(self, requires_grad: bool = True, /) -> HFTrunk:
         self.causal.requires_grad_(requires_grad)
         return self
 
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` loads; an adapter is merged into the weights it changes."""
         self.causal.save_pretrained(folder, state_dict=merged(self.causal))
+
+
+class HFModel(HFTrunk):
+    """An `AutoModelForCausalLM` without a cache that we can write: engines compute pasts anew."""
+
+    def __init__(self, causal: PreTrainedModel, precision: Precision, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__(causal, causal.get_output_embeddings().weight, precision,
+                         gradient_checkpointing=gradient_checkpointing)
+
+    @property
+    def output_weight(self) -> Tensor:
+        weight: Tensor = self.causal.get_output_embeddings().weight
+        return weight
 
 
 @final
@@ -164,7 +189,7 @@ class CachedHFModel(HFModel):
         with self.autocast(), self._mode():
             for block in layout.blocks:
                 cache = DynamicCache()
-                out = self._run(block.pad(tokens), past_key_values=cache, use_cache=True)
+                out = self.run(block.pad(tokens), past_key_values=cache, use_cache=True)
                 hidden.append(block.unpad(out.last_hidden_state))
                 layers.append([(block.unpad(c.keys.transpose(1, 2)), block.unpad(c.values.transpose(1, 2)))
                                for c in cache.layers])
@@ -188,7 +213,7 @@ class CachedHFModel(HFModel):
         layers = [_Row(k[used], v[used], place, positions, columns)
                   for k, v in zip(cache.keys, cache.values, strict=True)]
         with self.autocast(), self._mode(), self._masked_attention():
-            out = self._run(tokens[:, None], positions[:, None], attention_mask=mask[:, None, None, :],
+            out = self.run(tokens[:, None], positions[:, None], attention_mask=mask[:, None, None, :],
                             past_key_values=Cache(layers=layers), use_cache=True)
         hidden: Tensor = out.last_hidden_state
         return hidden[:, 0]
@@ -229,12 +254,16 @@ _WRAPPED = ".base_layer."
 
 def merged(causal: PreTrainedModel) -> dict[str, Tensor]:
     """All weights by the names of the module without its adapter, the adapter's product added; a copy where it is."""
-    weights = {name.replace(_WRAPPED, "."): tensor for name, tensor in causal.state_dict().items()
-               if ADAPTER not in name}
+    weights = _unadapted(causal)
     for name, module in adapted(causal).items():
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)
     return weights
+
+
+def _unadapted(causal: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights under the adapter, by the names of the module without it; live."""
+    return {name.replace(_WRAPPED, "."): tensor for name, tensor in causal.state_dict().items() if ADAPTER not in name}
 
 
 def adapted(causal: nn.Module) -> dict[str, Any]:
@@ -288,8 +317,8 @@ def attends_to_all(config: Any) -> bool:
 @torch.no_grad()
 def cache_error(model: CachedHFModel) -> float:
     """Largest difference between hidden states of tokens read one by one and all together, relative to the largest."""
-    tokens, layout = _probe_tokens(model, [5, 3])
-    with _exactly(model):
+    tokens, layout = probe_tokens(model, [5, 3])
+    with exactly(model):
         whole = model.hidden(tokens, layout)
         cache = model.new_cache(2, 6)
         _, keys, values = model.prefill(tokens[[0, 1, 5]], Layout.from_offsets([0, 2, 3], model.device))
@@ -302,26 +331,26 @@ def cache_error(model: CachedHFModel) -> float:
 
 
 @torch.no_grad()
-def packing_error(model: HFModel) -> float:
+def packing_error(model: HFTrunk) -> float:
     """Largest difference between hidden states of two sequences in one row and each on its own, relative."""
-    tokens, layout = _probe_tokens(model, [5, 3])
-    with _exactly(model):
-        together = model._run(tokens[None], layout.positions[None]).last_hidden_state[0]
-        apart = torch.cat([model._run(part[None]).last_hidden_state[0] for part in torch.split(tokens, [5, 3])])
+    tokens, layout = probe_tokens(model, [5, 3])
+    with exactly(model):
+        together = model.run(tokens[None], layout.positions[None]).last_hidden_state[0]
+        apart = torch.cat([model.run(part[None]).last_hidden_state[0] for part in torch.split(tokens, [5, 3])])
     return float((together - apart).abs().max() / apart.abs().max())
 
 
 @torch.no_grad()
-def tree_error(model: HFModel) -> float:
+def tree_error(model: HFTrunk) -> float:
     """Largest difference between hidden states of two sequences that share their beginning in one row, and of each on
     its own, relative."""
-    tokens, _ = _probe_tokens(model, [7])
+    tokens, _ = probe_tokens(model, [7])
     layout = Layout.from_offsets([0, 5, 9], model.device, np.array([0, 1, 2, 3, 4, 0, 1, 5, 6]))
     trees = forest(layout, 2**20)
     assert trees is not None, "two continuations of two tokens are cheaper together"
-    with _exactly(model):
+    with exactly(model):
         together = model._over(trees, tokens, layout)
-        apart = [model._run(tokens[rows][None]).last_hidden_state[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 5, 6])]
+        apart = [model.run(tokens[rows][None]).last_hidden_state[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 5, 6])]
     expected = torch.cat([apart[0], apart[1][2:]])
     return float((together - expected).abs().max() / expected.abs().max())
 
@@ -331,9 +360,9 @@ def require_plain_head(model: HFModel) -> None:
     """Raise `ConfigError` where the module's logits are not its hidden states times its output matrix (a bias, a scale,
     a soft cap): the learner would compute others. The product is made large for it, as caps leave small logits alone.
     """
-    tokens, _ = _probe_tokens(model, [5])
-    with _exactly(model):
-        own = model._run(tokens[None]).last_hidden_state[0] @ model.output_weight.t()
+    tokens, _ = probe_tokens(model, [5])
+    with exactly(model):
+        own = model.run(tokens[None]).last_hidden_state[0] @ model.output_weight.t()
         factor = _LARGE_LOGIT / float(own.abs().max())
         enlarged = model.causal.get_output_embeddings().register_forward_hook(lambda _, given, out: out * factor)
         try:
@@ -346,15 +375,16 @@ def require_plain_head(model: HFModel) -> None:
                            "is not supported yet"])
 
 
-def _probe_tokens(model: HFModel, lengths: Sequence[int]) -> tuple[Tensor, Layout]:
-    V, M = len(model.output_weight), sum(lengths)
+def probe_tokens(model: HFTrunk, lengths: Sequence[int]) -> tuple[Tensor, Layout]:
+    """Ids of sequences of the given lengths, and where they lie."""
+    V, M = model.embeddings, sum(lengths)
     tokens = (torch.arange(1, M + 1, device=model.device) * 7919) % V
     offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     return tokens, Layout.from_offsets(offsets, model.device)
 
 
 @contextmanager
-def _exactly(model: HFModel) -> Iterator[None]:
+def exactly(model: HFTrunk) -> Iterator[None]:
     """Probes compare in the parameters' own type."""
     precision, model.precision = model.precision, "float32"
     try:

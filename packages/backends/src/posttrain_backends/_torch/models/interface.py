@@ -44,18 +44,12 @@ class KVCache:
             self.values[layer][rows, :, positions] = v.to(self.values[layer].dtype)
 
 
-@runtime_checkable
-class LanguageModel(Protocol):
-    """A causal language model on flat ragged tokens."""
+class Trunk(Protocol):
+    """Hidden states of flat ragged tokens, each from the tokens up to it."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type matrices are multiplied in."""
-        ...
-
-    @property
-    def output_weight(self) -> Tensor:
-        """[V, H]; logits are `hidden @ output_weight.T`."""
         ...
 
     @property
@@ -69,7 +63,7 @@ class LanguageModel(Protocol):
         ...
 
     def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """[M] token ids -> [M, H], what the output matrix is applied to."""
+        """[M] token ids -> [M, H], what the output matrix or the value head is applied to."""
         ...
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -82,9 +76,45 @@ class LanguageModel(Protocol):
         """Parameters and buffers under canonical names, live."""
         ...
 
-    def requires_grad_(self, requires_grad: bool = True, /) -> LanguageModel: ...
+    def requires_grad_(self, requires_grad: bool = True, /) -> Trunk: ...
     def save(self, folder: Path) -> None:
         """Write what the model can be loaded from: safetensors and `config.json`."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Trunk, Protocol):
+    """A causal language model on flat ragged tokens."""
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, H]; logits are `hidden @ output_weight.T`."""
+        ...
+
+
+@runtime_checkable
+class ValueModel(Trunk, Protocol):
+    """A trunk with a read-out of values and no output matrix: a critic that was a reward model, say."""
+
+    @property
+    def value_head(self) -> nn.Linear:
+        """H -> one value per reward column; in none of `named_parameters` and `state_dict`, but written by `save`."""
+        ...
+
+
+@runtime_checkable
+class AdaptedLanguageModel(LanguageModel, Protocol):
+    """A language model that may have an adapter, which alone is trained, on weights that stay as they are."""
+
+    @property
+    def has_adapter(self) -> bool: ...
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Inside, the model computes what it did before it was given the adapter."""
+        ...
+
+    def weights_under_adapter(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by the names they have without the adapter, live; each storage once."""
         ...
 
 

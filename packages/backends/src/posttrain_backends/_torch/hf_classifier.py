@@ -1,0 +1,376 @@
+"""A sequence- or token-classification model of transformers as a reward: texts in, one number per row out.
+
+Knows lists of prompts and answers; no rollouts, no learner. Batches of it are padded on the right, which a probe at
+load proves harmless; where it is not, rows are scored one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from posttrain.errors import ConfigError, DataError, MemoryExhausted, did_you_mean
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from posttrain_backends._torch.device import device_of
+from posttrain_backends._torch.memory import translating_memory_errors
+from posttrain_backends._torch.models.hf import MASKED
+from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
+from posttrain_backends.hf import source_of, unreachable
+
+if TYPE_CHECKING:
+    from posttrain_backends.hf import HF
+    from posttrain_backends.reward_models import RewardModel
+
+log = logging.getLogger(__name__)
+
+Task = Literal["sequence", "token"]
+CLASSES: Mapping[str, tuple[Task, Any]] = {
+    "ForSequenceClassification": ("sequence", AutoModelForSequenceClassification),
+    "ForTokenClassification": ("token", AutoModelForTokenClassification),
+}
+"""Ending of a name in a model's `architectures` -> what its logits are of, and the class that loads it."""
+TOLERANCE = 1e-4
+"""Of the padding probe, in float32 and relative to the largest score: what is not exact is far above it."""
+
+
+# ---- reading a classification model
+
+
+def read_config(spec: HF | RewardModel) -> Any:
+    """The model's `config.json`. Raises `ConfigError` where it cannot be read."""
+    name, arguments = source_of(spec.weights, spec.model, spec.revision)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=spec.trust_remote_code, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise unreachable(spec.weights or spec.model, error) from error
+
+
+def class_of(config: Any) -> tuple[Task, Any] | None:
+    """What a classification model's logits are of, and the class that loads it; None for another model."""
+    names = config.architectures or []
+    return next((found for ending, found in CLASSES.items() for name in names if name.endswith(ending)), None)
+
+
+def read_classifier(spec: HF | RewardModel, config: Any) -> tuple[Task, PreTrainedModel]:
+    """The module in float32, in evaluation mode, on the host.
+
+    Raises `ConfigError` where it is no classification model, or its weights hold no trained read-out.
+    """
+    source = spec.weights or spec.model
+    if (found := class_of(config)) is None:
+        raise ConfigError(
+            [f"{source} is {' or '.join(config.architectures or ['of no architecture'])}; a reward model is one of "
+             f"{', '.join(f'...{ending}' for ending in CLASSES)} (architectures of its config.json)"],
+            next_step="Name a trained reward model. A model that judges in words is asked from a Python reward.")
+    task, loader = found
+    if config.is_encoder_decoder:
+        raise ConfigError([f"{source} has an encoder and a decoder; classification models of that kind are not "
+                           "supported, take a decoder or an encoder"])
+    name, arguments = source_of(spec.weights, spec.model, spec.revision)
+    attention = None if spec.attention == "auto" else spec.attention
+    try:
+        module, loading = loader.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True, output_loading_info=True, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise unreachable(source, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError([f"the weights of {source} lack {', '.join(missing[:3])}, so its scores would be random"],
+                          next_step="Name a model that was trained as a classifier, with its read-out saved.")
+    return task, module.eval()
+
+
+# ---- the texts that it reads
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What the model reads of one row."""
+
+    whole: str
+    answer: slice
+    """Characters of the answer in `whole`."""
+    is_chat: bool
+    """Whether a chat template wrote it, special tokens included."""
+
+
+def text_of(prompt: Any, completion: str, tokenizer: Any) -> Text:
+    """The row as one text. Raises `DataError` where the prompt is token ids, or the template is missing or refuses.
+
+    The answer is looked for behind the prompt as the template writes it when an answer is to follow; templates that
+    trim it are followed.
+    """
+    if isinstance(prompt, str):
+        return Text(prompt + completion, slice(len(prompt), len(prompt) + len(completion)), False)
+    if not all(isinstance(message, Mapping) for message in prompt):
+        raise DataError(["the prompt is token ids, which a reward model with its own tokenizer cannot read; give rows "
+                         "text or messages"])
+    messages = [dict(message) for message in prompt]
+    whole = _written(tokenizer, [*messages, {"role": "assistant", "content": completion}], follows=False)
+    before = [_written(tokenizer, messages, follows=follows) for follows in (True, False)]
+    start = next((len(text) for text in before if whole.startswith(text)), 0)
+    answer = completion if completion in whole[start:] else completion.strip()
+    found = whole.find(answer, start)
+    return Text(whole, slice(found, found + len(answer)) if found >= 0 else slice(start, len(whole)), True)
+
+
+def _written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, follows: bool) -> str:
+    """The conversation as the model's own chat template writes it; `follows`: up to where an answer begins."""
+    if not tokenizer.chat_template:
+        raise DataError(["the prompt is made of messages, but the reward model's tokenizer has no chat template; give "
+                         "its folder a chat_template.jinja, or give rows text"])
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=follows)
+    except Exception as error:  # templates raise whatever Jinja or their author raises
+        raise DataError([f"the reward model's chat template refuses the messages: {error}"]) from error
+    return text
+
+
+# ---- from logits to a number
+
+
+def _logit(logits: Tensor, alone: bool) -> Tensor:
+    return logits
+
+
+def _logprob(logits: Tensor, alone: bool) -> Tensor:
+    return F.logsigmoid(logits) if alone else logits.log_softmax(-1)
+
+
+def _probability(logits: Tensor, alone: bool) -> Tensor:
+    return logits.sigmoid() if alone else logits.softmax(-1)
+
+
+OUTPUTS: Mapping[str, Callable[[Tensor, bool], Tensor]] = {
+    "logit": _logit, "logprob": _logprob, "probability": _probability}
+"""[..., labels] -> [..., labels]; `alone`: every label is a question of its own."""
+REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "last": lambda scores: scores[-1], "mean": lambda scores: scores.mean(), "min": lambda scores: scores.min()}
+"""[n] scores of the answer's tokens -> the row's."""
+
+
+def label_of(given: str | int, config: Any) -> int:
+    """The place of the label's logit. Raises `ConfigError` where it is not known, or not said which of several."""
+    names = {str(name): int(i) for i, name in config.id2label.items()}
+    if given == "" and config.num_labels == 1:
+        return 0
+    if str(given) in names:
+        return names[str(given)]
+    if str(given).isdigit() and int(given) < config.num_labels:
+        return int(given)
+    what = "the model has several labels; which is the reward?" if given == "" else (
+        f"label {given!r} is none of the model's{did_you_mean(str(given), names)}")
+    raise ConfigError([f"{what} Set label to one of: {', '.join(names)} (or 0 to {config.num_labels - 1})"])
+
+
+# ---- the reward
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Token ids of one row, and which of them are the answer's."""
+
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+    """Places of the answer's tokens; () where nobody asks for them."""
+
+
+@final
+class LoadedRewardModel:
+    """See `posttrain.protocols.Reward`. `rows_alone` scores every row in a forward pass of its own."""
+
+    def __init__(self, spec: RewardModel, task: Task, module: PreTrainedModel, tokenizer: Any) -> None:
+        self.module, self.tokenizer = module, tokenizer
+        self._task, self._label = task, label_of(spec.label, module.config)
+        self._alone = module.config.num_labels == 1 or module.config.problem_type == "multi_label_classification"
+        self._output, self._reduce = OUTPUTS[spec.output], REDUCTIONS[spec.tokens]
+        self._pad: int = _text_config(module).pad_token_id
+        self._limit, self._cells = spec.max_tokens or max_positions(module), spec.batch_tokens
+        self._halved = self.rows_alone = False
+        self.adds_special_tokens = spec.special_tokens == "add" or (
+            spec.special_tokens == "auto" and not is_causal(module))
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        """One score per row; None where a token-classification model finds no token in the answer. Raises `DataError`
+        for a row that cannot be read, `MemoryExhausted` where a single row does not fit."""
+        rows = [self._row(text_of(p, c, self.tokenizer)) for p, c in zip(prompts, completions, strict=True)]
+        scores: list[float | None] = [None] * len(rows)
+        waiting = sorted((i for i, row in enumerate(rows) if row.answer or self._task == "sequence"),
+                         key=lambda i: -len(rows[i].ids))
+        while waiting:
+            part = waiting[:1 if self.rows_alone else max(1, self._cells // len(rows[waiting[0]].ids))]
+            try:
+                found = self.scored([rows[i] for i in part])
+            except MemoryExhausted:
+                if len(part) == 1:
+                    raise
+                self._halve(len(part) * len(rows[part[0]].ids))
+                continue
+            for i, number in zip(part, found, strict=True):
+                scores[i] = number
+            waiting = waiting[len(part):]
+        return scores
+
+    def _row(self, text: Text) -> _Row:
+        special = self.adds_special_tokens and not text.is_chat
+        whole = self.tokenizer(text.whole, add_special_tokens=special, return_offsets_mapping=self._task == "token")
+        ids = tuple(whole["input_ids"])
+        if not ids:
+            raise DataError(["prompt and answer are empty; a reward model reads at least one token"])
+        if self._limit is not None and len(ids) > self._limit:
+            raise DataError([f"the row has {len(ids)} tokens for the reward model, which reads {self._limit} (its "
+                             "positions, or max_tokens); lower rollout.max_new_tokens or data.max_prompt_tokens"])
+        start, stop = text.answer.start, text.answer.stop
+        places = tuple(i for i, (a, b) in enumerate(whole.get("offset_mapping", ()))
+                       if a < b and b > start and a < stop)
+        return _Row(ids, places)
+
+    def scored(self, rows: Sequence[_Row]) -> list[float]:
+        """Scores of rows in one forward pass. Raises `MemoryExhausted`."""
+        def computed() -> list[float]:
+            logits = self.logits([row.ids for row in rows])
+            if self._task == "token":
+                chosen = self._output(logits, self._alone)[..., self._label]
+                return [float(self._reduce(chosen[i, list(row.answer)])) for i, row in enumerate(rows)]
+            numbers: list[float] = self._output(logits, self._alone)[:, self._label].tolist()
+            return numbers
+        return translating_memory_errors(computed)
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Of rows padded on the right: [rows, labels], or [rows, columns, labels] of a token-classification model; in
+        float32."""
+        lengths = np.array([len(row) for row in ids])
+        table = np.full((len(ids), lengths.max()), self._pad)
+        real = np.arange(lengths.max()) < lengths[:, None]
+        table[real] = np.concatenate([np.asarray(row) for row in ids])
+        device = self.module.device
+        out = self.module(input_ids=torch.from_numpy(table).to(device),
+                          attention_mask=torch.from_numpy(real.astype(np.int64)).to(device))
+        logits: Tensor = out.logits.float()
+        return logits
+
+    def _halve(self, failed: int) -> None:
+        """Go on with half the cells of what did not fit; told once."""
+        self._cells = failed // 2
+        if self.module.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self._halved:
+            log.warning("the reward model ran out of memory on %d padded tokens and goes on with half as many in a "
+                        "forward pass; set batch_tokens to what fits", failed)
+        self._halved = True
+
+
+def load(spec: RewardModel, threads: int) -> LoadedRewardModel:
+    """See `RewardModel.load`."""
+    if threads:
+        torch.set_num_threads(threads)
+    device = device_of(spec.device, spec.precision)
+    task, module = read_classifier(spec, read_config(spec))
+    name, arguments = source_of(spec.weights, spec.model, spec.revision)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=spec.trust_remote_code, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise unreachable(spec.weights or spec.model, error) from error
+    if task == "token" and not tokenizer.is_fast:
+        raise ConfigError([f"{type(tokenizer).__name__} of {name} does not tell where its tokens stand in a text, so "
+                           "the answer's cannot be found; give the folder a tokenizer.json"])
+    set_pad(task, module, tokenizer)
+    with probed(module):
+        reward = LoadedRewardModel(spec, task, module, tokenizer)
+        difference = padding_error(reward)
+    module.to(device, COMPUTE_DTYPE[spec.precision]).requires_grad_(False)
+    if not difference <= TOLERANCE:
+        log.warning("scores of %s change by %.1e of the largest where rows are padded, so rows are scored one by one, "
+                    "which is slow", type(module).__name__, difference)
+        reward.rows_alone = True
+    return reward
+
+
+@contextmanager
+def probed(module: PreTrainedModel) -> Iterator[None]:
+    """Attention that computes in float32 and on the host, where probes run."""
+    chosen = module.config._attn_implementation
+    module.set_attn_implementation(chosen if chosen in MASKED else "sdpa")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(chosen)
+
+
+def set_pad(task: Task, module: PreTrainedModel, tokenizer: Any) -> None:
+    """Give the model an id for padding where it names none: the tokenizer's, else the end of a text's.
+
+    Classification models with a causal trunk read their score at the last token that is not this id, also where the
+    text itself ends with it.
+    """
+    config = _text_config(module)
+    if config.pad_token_id is not None:
+        return
+    known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, config.eos_token_id) if isinstance(i, int)]
+    if not known:
+        raise ConfigError([f"neither {type(module).__name__} nor its tokenizer names a token for padding or for the "
+                           "end of a text, so rows cannot be padded"],
+                          next_step="Set pad_token_id in the config.json of the reward model.")
+    config.pad_token_id = known[0]
+    if task == "sequence" and known[0] == tokenizer.eos_token_id:
+        log.warning("%s names no token for padding; %r is taken, as TRL does, so a score is read at the last token "
+                    "before it; set pad_token_id in its config.json for another", type(module).__name__,
+                    tokenizer.eos_token)
+
+
+def max_positions(module: PreTrainedModel) -> int | None:
+    """Longest text; None where the model sets no limit. Ids of RoBERTa's positions begin behind that of padding."""
+    config = _text_config(module)
+    limit = getattr(config, "max_position_embeddings", None)
+    embedded = next((m for name, m in module.named_modules() if name.endswith("position_embeddings")
+                     and isinstance(m, torch.nn.Embedding)), None)
+    first = 0 if embedded is None or embedded.padding_idx is None else embedded.padding_idx + 1
+    return None if limit is None else int(limit) - first
+
+
+def _text_config(module: PreTrainedModel) -> Any:
+    return module.config.get_text_config()
+
+
+@torch.no_grad()
+def is_causal(module: PreTrainedModel) -> bool:
+    """Whether no token of the trunk sees a later one."""
+    ids = probe_ids(module, 6)
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    first, second = (module.base_model(input_ids=x).last_hidden_state[0, :-1] for x in (ids, other))
+    return float((first - second).abs().max() / first.abs().max()) <= TOLERANCE
+
+
+def probe_ids(module: PreTrainedModel, length: int) -> Tensor:
+    """[1, length] ids that differ from each other and from the one for padding."""
+    rows, pad = module.get_input_embeddings().num_embeddings, _text_config(module).pad_token_id
+    ids = [i for i in ((7919 * i) % rows for i in range(1, length + 2)) if i != pad][:length]
+    return torch.tensor([ids], device=module.device)
+
+
+def padding_error(reward: LoadedRewardModel) -> float:
+    """Largest difference between scores of rows padded in one batch and of each alone, relative to the largest."""
+    ids = probe_ids(reward.module, 7)[0].tolist()
+    rows = [ids, ids[:4], ids[2:3]]
+    alone, together = [reward.logits([row])[0] for row in rows], reward.logits(rows)
+    padded = [x if x.ndim == 1 else x[:len(row)] for x, row in zip(together, rows, strict=True)]
+    largest = max(float(x.abs().max()) for x in alone)
+    return max(float((a - b).abs().max()) for a, b in zip(alone, padded, strict=True)) / max(largest, 1e-12)

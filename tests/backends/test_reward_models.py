@@ -1,0 +1,323 @@
+"""The reward `reward_model`: equal to transformers' own logits, padded or not, what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+transformers = pytest.importorskip("transformers")
+
+from posttrain.errors import ConfigError, DataError, MemoryExhausted, PluginError  # noqa: E402  # after the check
+from posttrain.protocols import RewardSource  # noqa: E402
+from posttrain_backends.reward_models import RewardModel  # noqa: E402
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz 0123456789+=?"
+TEMPLATE = ("{% for m in messages %}[{{ m.role[0] }}]{{ m.content.strip() }}<eos>{% endfor %}"
+            "{% if add_generation_prompt %}[a]{% endif %}")
+V = 4 + len(CHARACTERS) + 2
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+TWO = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+KINDS = {
+    "llama": (transformers.LlamaForSequenceClassification, GROUPED, {"num_labels": 1}),
+    "qwen3, two labels": (transformers.Qwen3ForSequenceClassification, {**GROUPED, "head_dim": 8}, TWO),
+    "gpt2": (transformers.GPT2ForSequenceClassification,
+             {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, {"num_labels": 1}),
+    "bert": (transformers.BertForSequenceClassification, SIZES, {"num_labels": 1}),
+    "llama, tokens": (transformers.LlamaForTokenClassification, GROUPED, {"num_labels": 1}),
+    "qwen3, tokens": (transformers.Qwen3ForTokenClassification, {**GROUPED, "head_dim": 8}, TWO),
+    "bert, tokens": (transformers.BertForTokenClassification, SIZES, TWO),
+}
+SEQUENCE = tuple(name for name in KINDS if not name.endswith("tokens"))
+TOKEN = tuple(name for name in KINDS if name.endswith("tokens"))
+PROMPTS = ["what is 1+1?", "a", "say something long about b and c", "x", "a"]
+COMPLETIONS = ["2", "the quick brown fox", " b ", "", "abc def"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """name -> a folder of random weights and a tokenizer of characters, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("model")
+            kind, sizes, labels = KINDS[name]
+            torch.manual_seed(3)
+            model = kind(kind.config_class(**sizes, **labels))
+            for p in model.parameters():  # larger than drawn, so that answers differ by more than rounding
+                p.data.mul_(3)
+            model.save_pretrained(made[name])
+            characters(made[name], encoder=name.startswith("bert"))
+        return made[name]
+    return make
+
+
+def characters(path: Path, encoder: bool = False) -> None:
+    """Write a tokenizer of one token per character; that of an encoder knows how to put its own around a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    ids = {t: i for i, t in enumerate(["<eos>", "<pad>", "[CLS]", "[SEP]", *CHARACTERS, "[", "]"])}
+    library = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    if encoder:
+        library.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=library, eos_token="<eos>", pad_token="<pad>" if encoder else None)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+
+
+def load(path: Path, **fields):
+    return RewardModel(weights=str(path), device="cpu", **fields).load(1)
+
+
+def library(path: Path):
+    """Module and tokenizer as the library's user has them."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    auto = (transformers.AutoModelForTokenClassification if "Token" in config.architectures[0]
+            else transformers.AutoModelForSequenceClassification)
+    return auto.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
+
+
+def chats() -> list[list[dict[str, str]]]:
+    return [[{"role": "system", "content": "s"}, {"role": "user", "content": p}] for p in PROMPTS]
+
+
+def alone(path: Path, prompts, completions, special: bool = False) -> list[torch.Tensor]:
+    """Logits of each row in a forward pass of its own, its text made as TRL makes it for a reward model."""
+    module, tokenizer = library(path)
+    if module.config.pad_token_id is None:  # TRL's own choice; texts that end with it are read before it
+        module.config.pad_token_id = tokenizer.eos_token_id
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        chat = isinstance(prompt, list)
+        text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": completion}],
+                                             tokenize=False) if chat else prompt + completion
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=special and not chat)["input_ids"]
+        with torch.no_grad():
+            found.append(module(input_ids=ids).logits[0])
+    return found
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SEQUENCE)
+@pytest.mark.parametrize("batch_tokens", [1, 60, 16384])
+def test_scores_are_the_library_s_logits_of_every_row_alone(name, batch_tokens, folder):
+    label = 1 if "two" in name else 0
+    reward = load(folder(name), batch_tokens=batch_tokens, label=label)
+    assert not reward.rows_alone
+    expected = [float(x[label]) for x in alone(folder(name), PROMPTS, COMPLETIONS, special=name == "bert")]
+    found = reward(prompts=list(PROMPTS), completions=list(COMPLETIONS), answer=[None] * 5)
+    assert found == pytest.approx(expected, abs=2e-5) and max(expected) - min(expected) > 1e-2
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["qwen3, two labels", "gpt2", "bert"])
+def test_messages_go_through_the_model_s_own_template(name, folder):
+    label = "good" if "two" in name else ""
+    expected = [float(x[-1]) for x in alone(folder(name), chats(), COMPLETIONS)]
+    found = load(folder(name), label=label)(prompts=chats(), completions=list(COMPLETIONS))
+    assert found == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(("output", "expected"), [
+    ("logit", lambda x: x[1]), ("logprob", lambda x: x.log_softmax(-1)[1]),
+    ("probability", lambda x: x.softmax(-1)[1])])
+def test_outputs_of_several_labels(output, expected, folder):
+    path = folder("qwen3, two labels")
+    found = load(path, label="good", output=output)(prompts=list(PROMPTS), completions=list(COMPLETIONS))
+    assert found == pytest.approx([float(expected(x)) for x in alone(path, PROMPTS, COMPLETIONS)], abs=2e-5)
+
+
+def test_outputs_of_one_label_are_those_of_the_logistic_function(folder):
+    logits = [float(x[0]) for x in alone(folder("llama"), PROMPTS, COMPLETIONS)]
+    found = {o: load(folder("llama"), output=o)(prompts=list(PROMPTS), completions=list(COMPLETIONS))
+             for o in ("logprob", "probability")}
+    assert found["probability"] == pytest.approx([1 / (1 + math.exp(-x)) for x in logits], abs=2e-5)
+    assert found["logprob"] == pytest.approx([-math.log1p(math.exp(-x)) for x in logits], abs=2e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", TOKEN)
+@pytest.mark.parametrize(("tokens", "reduced"), [
+    ("last", lambda x: x[-1]), ("mean", lambda x: sum(x) / len(x)), ("min", min)])
+def test_token_scores_are_those_of_the_answer_s_characters(name, tokens, reduced, folder):
+    """One token is one character here, so the places of the answer are counted by hand."""
+    label = 0 if name == "llama, tokens" else 1
+    special = name == "bert, tokens"
+    reward = load(folder(name), tokens=tokens, label=label, batch_tokens=50)
+    found = reward(prompts=list(PROMPTS), completions=list(COMPLETIONS))
+    expected = []
+    for x, p, c in zip(alone(folder(name), PROMPTS, COMPLETIONS, special), PROMPTS, COMPLETIONS, strict=True):
+        first = len(p) + special
+        expected.append(reduced(x[first:first + len(c), label].tolist()) if c else None)
+    assert found == pytest.approx(expected, abs=2e-5) and found[3] is None
+    chat = reward(prompts=chats(), completions=list(COMPLETIONS))
+    for x, p, c, score in zip(alone(folder(name), chats(), COMPLETIONS), PROMPTS, COMPLETIONS, chat, strict=True):
+        first = len("[s]s") + 1 + len("[u]") + len(p) + 1 + len("[a]")  # <eos> is one token; the template strips
+        n = len(c.strip())
+        assert score == pytest.approx(reduced(x[first:first + n, label].tolist()) if n else None, abs=2e-5)
+
+
+def test_special_tokens_can_be_asked_for_and_refused(folder):
+    for choice, special in (("add", True), ("none", False)):
+        found = load(folder("bert"), special_tokens=choice)(prompts=list(PROMPTS), completions=list(COMPLETIONS))
+        expected = [float(x[0]) for x in alone(folder("bert"), PROMPTS, COMPLETIONS, special)]
+        assert found == pytest.approx(expected, abs=2e-5)
+
+
+def test_rows_of_equal_length_share_forward_passes_up_to_the_budget(folder, monkeypatch):
+    reward, widths = load(folder("llama"), batch_tokens=40), []
+    run = reward.logits
+    monkeypatch.setattr(reward, "logits", lambda ids: widths.append([len(row) for row in ids]) or run(ids))
+    reward(prompts=["a"] * 6, completions=["b" * n for n in (4, 9, 9, 29, 9, 4)])
+    assert widths == [[30], [10, 10, 10, 5], [5]]
+
+
+def out_of_memory_beyond(reward, cells: int, monkeypatch) -> list[int]:
+    """Make the module raise what CUDA raises where a batch has more cells; the cells of every attempt."""
+    tried: list[int] = []
+    forward = reward.module.forward
+
+    def limited(input_ids, **named):
+        tried.append(input_ids.numel())
+        if input_ids.numel() > cells:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(input_ids=input_ids, **named)
+    monkeypatch.setattr(reward.module, "forward", limited)
+    return tried
+
+
+def test_memory_that_runs_out_halves_the_batch_once_and_for_all(folder, monkeypatch, caplog):
+    reward = load(folder("llama"))
+    prompts, completions = ["ab"] * 8, ["cdefgh"] * 8
+    before = reward(prompts=prompts, completions=completions)
+    tried = out_of_memory_beyond(reward, 20, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert reward(prompts=prompts, completions=completions) == pytest.approx(before, abs=2e-5)
+        assert tried == [64, 32, 16, 16, 16, 16]
+        reward(prompts=prompts, completions=completions)
+    assert tried[6:] == [16, 16, 16, 16] and len([r for r in caplog.records if "batch_tokens" in r.message]) == 1
+    out_of_memory_beyond(reward, 7, monkeypatch)
+    with pytest.raises(MemoryExhausted):
+        reward(prompts=prompts, completions=completions)
+
+
+def test_rows_are_scored_alone_where_padding_changes_scores(folder, monkeypatch, caplog):
+    from posttrain_backends._torch import hf_classifier
+
+    read = hf_classifier.read_classifier
+
+    def leaking(*given):
+        """A module whose scores tell how wide the batch is."""
+        task, module = read(*given)
+        def add(_, args, named, out):
+            out.logits = out.logits + named["input_ids"].shape[1]
+            return out
+        module.register_forward_hook(add, with_kwargs=True)
+        return task, module
+    monkeypatch.setattr(hf_classifier, "read_classifier", leaking)
+    with caplog.at_level(logging.WARNING):
+        reward = load(folder("llama"))
+    assert reward.rows_alone and "one by one" in caplog.text
+    expected = [float(x[0]) + len(p + c) for x, p, c in zip(
+        alone(folder("llama"), PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, strict=True)]
+    assert reward(prompts=list(PROMPTS), completions=list(COMPLETIONS)) == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_pad_id_that_is_chosen_for_the_model_is_told(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert load(folder("bert")) and not caplog.records
+        load(folder("llama"))
+    assert "names no token for padding; '<eos>' is taken, as TRL does" in caplog.text
+
+
+def test_eager_attention_and_bf16_are_near(folder):
+    rewards = [load(folder("llama"), **given) for given in ({}, {"attention": "eager"}, {"precision": "bf16"})]
+    exact, eager, half = (r(prompts=list(PROMPTS), completions=list(COMPLETIONS)) for r in rewards)
+    assert {r.module.dtype for r in rewards[:2]} == {torch.float32} and rewards[2].module.dtype == torch.bfloat16
+    assert eager == pytest.approx(exact, abs=2e-5)
+    assert half != exact and half == pytest.approx(exact, abs=0.1)
+
+
+def test_rows_that_cannot_be_read(folder, tmp_path):
+    reward = load(folder("llama"))
+    with pytest.raises(DataError, match="65 tokens for the reward model, which reads 64"):
+        reward(prompts=["a" * 60], completions=["b" * 5])
+    assert len(reward(prompts=["a" * 60], completions=["b" * 4])) == 1
+    with pytest.raises(DataError, match="which reads 9"):
+        load(folder("llama"), max_tokens=9)(prompts=["a" * 6], completions=["b" * 4])
+    with pytest.raises(DataError, match="token ids"):
+        reward(prompts=[[1, 2]], completions=["b"])
+    with pytest.raises(DataError, match="are empty"):
+        reward(prompts=[""], completions=[""])
+    reward.tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        reward(prompts=chats()[:1], completions=["b"])
+    reward.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match="refuses the messages: no system role"):
+        reward(prompts=chats()[:1], completions=["b"])
+
+
+def test_models_that_are_refused_by_name(folder, tmp_path):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)).save_pretrained(tmp_path / "lm")
+    with pytest.raises(ConfigError, match=r"is LlamaForCausalLM; a reward model is one of \.\.\.ForSequenceClassif"):
+        load(tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(json.dumps({
+        **config, "architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(ConfigError, match=r"lack score\.weight, so its scores would be random"):
+        load(tmp_path / "lm")
+    transformers.BartForSequenceClassification(transformers.BartConfig(
+        vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)).save_pretrained(tmp_path / "bart")
+    with pytest.raises(ConfigError, match="an encoder and a decoder"):
+        load(tmp_path / "bart")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(tmp_path / "empty")
+    two = folder("qwen3, two labels")
+    with pytest.raises(ConfigError, match=r"several labels; which is the reward\? Set label to one of: bad, good"):
+        load(two)
+    with pytest.raises(ConfigError, match=r"label 'goood' is none of the model's; did you mean 'good'"):
+        load(two, label="goood")
+    with pytest.raises(ConfigError, match="label 2 is none"):
+        load(two, label=2)
+
+
+def test_what_is_refused_before_anything_is_loaded(monkeypatch):
+    for given, said in (({}, "give weights"), ({"weights": "a", "model": "b"}, "give weights"),
+                        ({"model": "b", "revision": "main"}, "40 hexadecimal digits"),
+                        ({"weights": "a.gguf"}, "GGUF"), ({"weights": "a", "batch_tokens": 0}, "batch_tokens")):
+        with pytest.raises(ValueError, match=said):
+            RewardModel(**given)
+    with pytest.raises(PluginError, match=r"flash_attn.*pip install flash-attn"):
+        RewardModel(weights="a", attention="flash_attention_2").load(0)
+    monkeypatch.setattr("posttrain_backends.hf.find_spec", lambda name: None)
+    with pytest.raises(PluginError, match=r"'reward_model' needs torch and .*pip install 'posttrain-backends\[hf\]'"):
+        RewardModel(weights="a").load(0)
+
+
+def test_the_component_is_light(folder):
+    spec = RewardModel(weights="a")
+    assert pickle.loads(pickle.dumps(spec)) == spec and hash(spec) == hash(RewardModel(weights="a"))
+    assert isinstance(spec, RewardSource) and not callable(spec)
+    code = ("import sys, posttrain_backends.reward_models as m; m.RewardModel(weights='a'); "
+            "print([n for n in ('torch', 'transformers', 'tokenizers') if n in sys.modules])")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
