@@ -43,6 +43,7 @@ class Adder:
     """A learner whose gradient is `sum(weight * advantage)`; runs out of memory above a number of tokens."""
 
     limit: int = 10**9
+    scale: float = 1.0
     gradient: float = 0.0
     applied: list[Any] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
@@ -59,7 +60,7 @@ class Adder:
         return Metrics({"loss/policy": Metric(total, reduction="sum")})
 
     def gramian(self, slots: Sequence[str], parameters: str = "") -> np.ndarray:
-        return np.eye(len(slots))
+        return self.scale * np.eye(len(slots))
 
     def apply(self, weights: Mapping[str, float] | None = None) -> Metrics:
         self.applied.append((self.gradient, weights))
@@ -154,6 +155,14 @@ def test_gradients_of_several_slots_are_weighed_once_per_step() -> None:
     _, _, state = step(learner, r, np.ones(5, bool), objective={"slots": ("a", "b")}, combiner=Fixed(),
                        combiner_state=0)
     assert learner.applied[0][1] == {"shared": 1.0, "a": 2.0, "b": 2.0} and state == 1
+
+
+def test_a_gramian_that_is_not_finite_is_the_learners_to_skip() -> None:
+    """A solver would raise on it, and its state would never be right again."""
+    learner = Adder(scale=float("nan"))
+    _, _, state = step(learner, rollouts([(2, 3), (1, 2)]), np.ones(5, bool), objective={"slots": ("a", "b")},
+                       combiner=Fixed(), combiner_state=0)
+    assert learner.applied[0][1] == {"shared": 1.0, "a": 1.0, "b": 1.0} and state == 0
 
 
 def test_minibatches_are_disjoint_whole_groups_and_shuffled_by_epoch() -> None:

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 import torch
+from posttrain.loss import NoKL
 from posttrain.ops import ops_of
-from posttrain_objectives.kl import AdaptiveKL, FixedKL, NoKL, divergence, k1, k2, k3
+from posttrain_objectives.kl import AdaptiveKL, FixedKL, divergence, k1, k2, k3
 
 V, T = 3, 3
 """Tokens of the vocabulary, and of an episode."""
@@ -157,7 +158,7 @@ def test_misleading_combinations_are_refused_with_a_way_out(component: type, pla
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
 def test_estimators_are_equal_in_all_frameworks_and_finite_at_extremes(framework: str) -> None:
     d = np.array([0.0, 1e-9, -0.3, 2.0, 100.0, -100.0])
-    clamped = np.clip(d, -20, 20)
+    clamped = np.minimum(d, 20)
     expected = {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(clamped) - clamped}
     asarray = {"numpy": np.asarray, "torch": torch.as_tensor, "jax": jax.numpy.asarray}[framework]
     for dtype, rtol in ((np.float64, 1e-13), (np.float32, 1e-5)):
@@ -177,11 +178,11 @@ def test_half_precision_is_computed_in_float32() -> None:
     np.testing.assert_allclose(found.numpy(), np.expm1(d) - d, rtol=1e-3)
 
 
-def test_k3_gradient_vanishes_beyond_its_clamp_and_is_right_within() -> None:
+def test_k3_gradient_vanishes_above_its_clamp_alone() -> None:
     logp = torch.tensor([-50.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
     logq = torch.tensor([-1.0, -1.5, -90.0], dtype=torch.float64)
     divergence(ops_of(logp), "k3", logp, logq).sum().backward()
-    np.testing.assert_allclose(logp.grad, [0.0, 1 - np.exp(-0.5), 0.0], rtol=1e-12)
+    np.testing.assert_allclose(logp.grad, [0.0, 1 - np.exp(-0.5), 1.0], rtol=1e-12)
 
 
 def test_no_kl_adds_nothing() -> None:

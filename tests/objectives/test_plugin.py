@@ -26,7 +26,7 @@ def class_of(component: Component) -> type:
 def test_names() -> None:
     names = {kind: [c.name for c in COMPONENTS if c.kind == kind] for kind in {c.kind for c in COMPONENTS}}
     assert names == {"objective": ["ppo", "grpo", "dapo", "dr_grpo", "gspo", "reinforce", "sft", "value", "entropy"],
-                     "kl": ["none", "fixed", "adaptive"]}
+                     "kl": ["fixed", "adaptive"]}
 
 
 @every_component

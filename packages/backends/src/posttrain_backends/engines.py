@@ -76,11 +76,13 @@ class Answer:
     """Index into `FINISH`."""
 
 
-def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, vocab_size: int,
+           max_positions: int | None) -> list[tuple[int, ...]]:
     """Token ids of each prompt; neighbours that ask the same share the work and the tuple.
 
-    Raises `DataError` that names all unusable prompts: empty ones (nothing would predict the first token), and those
-    the tokenizer refuses.
+    Raises one `DataError` that names the prompts that cannot be answered, at most 20: those the tokenizer refuses,
+    empty ones (nothing would predict the first token), those too long for the model together with their answer, and
+    those with ids outside its vocabulary.
     """
     encoded: list[tuple[int, ...]] = []
     problems: list[Problem] = []
@@ -89,44 +91,34 @@ def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[tuple[int, .
         if asked == (prompt.text, prompt.messages, prompt.tokens):
             encoded.append(encoded[-1])
             continue
-        asked, where = (prompt.text, prompt.messages, prompt.tokens), _place(i, prompt)
+        asked = (prompt.text, prompt.messages, prompt.tokens)
+        ids: tuple[int, ...] = ()
         try:
-            encoded.append(tuple(prompt_ids(prompt, tokenizer)))
+            ids = tuple(prompt_ids(prompt, tokenizer))
+            wrong = _misfit(ids, sampling, vocab_size, max_positions)
         except DataError as error:
-            encoded.append(())
-            problems.append(Problem(str(error), where))
-            continue
-        if not encoded[-1]:
-            problems.append(Problem("the prompt is empty, so nothing predicts its first token; give it text, or the "
-                                    "tokenizer a bos token", where))
-    if problems:
-        raise DataError(problems, "prompts that cannot be encoded:")
-    return encoded
-
-
-def check_fit(prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], sampling: Sampling, vocab_size: int,
-              max_positions: int | None) -> None:
-    """Raise `DataError` that names prompts too long for the model or with ids outside its vocabulary, at most 20."""
-    problems, seen = [], None
-    for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        if ids is seen:
-            continue
-        seen = ids
-        if max_positions is not None and len(ids) + sampling.max_new_tokens > max_positions:
-            problems.append(Problem(f"{len(ids)} prompt tokens and up to {sampling.max_new_tokens} new ones do not fit "
-                                    f"the model's {max_positions} positions", _place(i, prompt)))
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            problems.append(Problem(f"token ids {min(ids)} to {max(ids)} do not fit the model's vocabulary of "
-                                    f"{vocab_size}", _place(i, prompt)))
+            wrong = str(error)
+        encoded.append(ids)
+        if wrong:
+            problems.append(Problem(wrong, prompt.where or f"prompt {i}"))
     if problems:
         title = f"{len(problems)} of {len(prompts)} prompts cannot be answered by the policy:"
         raise DataError(problems[:SHOWN], title,
                         "Shorten the prompts, lower rollout.max_new_tokens, or take a policy with more positions and "
                         "the tokenizer's vocabulary.")
+    return encoded
 
 
-def _place(i: int, prompt: Prompt) -> str:
-    return prompt.where or f"prompt {i}"
+def _misfit(ids: tuple[int, ...], sampling: Sampling, vocab_size: int, max_positions: int | None) -> str:
+    """Why a model cannot answer a prompt of these ids; empty where it can."""
+    if not ids:
+        return "the prompt is empty, so nothing predicts its first token; give it text, or the tokenizer a bos token"
+    if max_positions is not None and len(ids) + sampling.max_new_tokens > max_positions:
+        return (f"{len(ids)} prompt tokens and up to {sampling.max_new_tokens} new ones do not fit the model's "
+                f"{max_positions} positions")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        return f"token ids {min(ids)} to {max(ids)} do not fit the model's vocabulary of {vocab_size}"
+    return ""
 
 
 @final

@@ -19,9 +19,40 @@ SHARED = "shared"
 
 
 def k3(xp: Any, d: Array) -> Array:
-    """e^d - 1 - d, never negative: KL(p || q) of actions drawn from p, d = log q - log p (Schulman 2020)."""
-    d = xp.clip(d, -20.0, 20.0)
+    """e^d - 1 - d, never negative: KL(p || q) of actions drawn from p, d = log q - log p (Schulman 2020).
+
+    d is clamped at 20, where it would overflow; not below, where p is furthest above q and the gradient must go on.
+    """
+    d = xp.clip(d, None, 20.0)
     return xp.expm1(d) - d
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class NoKLState:
+    """A coefficient that stays 0."""
+
+    coef: float = 0.0
+    """The weight of a KL that is not there."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class NoKL:
+    """No KL: no reference model is loaded and nothing is added."""
+
+    @property
+    def placement(self) -> Literal["none"]:
+        return "none"
+
+    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
+        return ops.xp.zeros_like(logprobs)
+
+    def init(self) -> NoKLState:
+        return NoKLState()
+
+    def update(self, state: NoKLState, *, kl: float, n: int, **measured: float) -> NoKLState:
+        return state
 
 
 @final

@@ -28,6 +28,7 @@ def components() -> Iterable[Component]:
     yield Component("reward", "math", "posttrain.rewards.math:Math", "1 where the answer equals the column's, as maths",
                     extra="math")
     yield Component("reward", "code", "posttrain.rewards.code:Code", "share of the row's tests that the code passes")
+    yield Component("kl", "none", "posttrain.loss:NoKL", "no reference and no KL")
     yield Component("batching", "first_fit", "posttrain.batching:FirstFit", "first fit by a token budget, by group",
                     source="Johnson 1973, Near-optimal bin packing algorithms")
     yield Component("tracker", "console", "posttrain.trackers.console:Console", "one line per step, or a live table")

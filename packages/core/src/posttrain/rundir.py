@@ -206,9 +206,11 @@ class RunDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if error is not None and self._there_before is not None and not self._has_steps():
-            self._withdraw(self._there_before)
-        self.close()
+        try:
+            if error is not None and self._there_before is not None and not self._has_steps():
+                self._withdraw(self._there_before)
+        finally:
+            self.close()
 
     def _has_steps(self) -> bool:
         return any(record["step"] > 0 for record in read_metrics(self.path))

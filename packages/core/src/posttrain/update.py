@@ -113,7 +113,10 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     for t in trained:
         weights = None
         if combiner is not None and len(t.objective.slots) > 1:
-            mix, combiner_state = combiner.weights(t.learner.gramian(t.objective.slots), combiner_state)
+            gramian = t.learner.gramian(t.objective.slots)
+            mix = np.ones(len(gramian))  # where it is not finite the learner skips the step, and a solver would raise
+            if np.isfinite(gramian).all():
+                mix, combiner_state = combiner.weights(gramian, combiner_state)
             weights = {SHARED: 1.0, **dict(zip(t.objective.slots, mix.tolist(), strict=True))}
             metrics += {f"combiner/{slot}": Metric(w, reduction="last") for slot, w in weights.items()}
         try:

@@ -10,6 +10,7 @@ from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, 
 from posttrain.ops import Ops
 from posttrain.protocols import Need, Output
 
+from posttrain_objectives.columns import required
 from posttrain_objectives.denominators import action_weights
 
 
@@ -42,4 +43,4 @@ class Entropy:
         return Weights(kl_weight=action_weights("token_mean", counts))
 
     def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
-        return Loss({"entropy": Term(-ops.xp.sum(batch.kl_weight * out.entropy), coef["entropy"])})
+        return Loss({"entropy": Term(-ops.xp.sum(batch.kl_weight * required(out, "entropy")), coef["entropy"])})

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
+from posttrain import loss
 from posttrain.data import Array
 from posttrain.ops import Ops
 
 from posttrain_objectives.choices import require_choice
-from posttrain_objectives.ratios import MAX_LOG_RATIO
 
 Estimator = Literal["k1", "k2", "k3"]
 Placement = Literal["loss", "reward"]
@@ -37,9 +37,8 @@ def k2(ops: Ops, d: Array) -> Array:
 
 
 def k3(ops: Ops, d: Array) -> Array:
-    """e^d - 1 - d: unbiased, never negative. d is clamped to +-20, where it would overflow."""
-    d = ops.xp.clip(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return ops.xp.expm1(d) - d
+    """e^d - 1 - d: unbiased, never negative; the same that core measures with."""
+    return loss.k3(ops.xp, d)
 
 
 ESTIMATORS: Mapping[Estimator, Callable[[Ops, Array], Array]] = {"k1": k1, "k2": k2, "k3": k3}
@@ -87,25 +86,6 @@ class KLState:
 
     coef: float
     """beta, the weight of the KL."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class NoKL:
-    """No KL: no reference model is loaded and nothing is added."""
-
-    @property
-    def placement(self) -> Literal["none"]:
-        return "none"
-
-    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-        return ops.xp.zeros_like(logprobs)
-
-    def init(self) -> KLState:
-        return KLState(0.0)
-
-    def update(self, state: KLState, *, kl: float, n: int, **measured: float) -> KLState:
-        return state
 
 
 @final

@@ -46,7 +46,6 @@ def _other_objectives() -> Iterable[Component]:
 
 def _kls() -> Iterable[Component]:
     return (
-        Component("kl", "none", "posttrain_objectives.kl:NoKL", "no reference and no KL"),
         Component("kl", "fixed", "posttrain_objectives.kl:FixedKL", "constant coefficient",
                   source="estimators: Schulman 2020, Approximating KL divergence"),
         Component("kl", "adaptive", "posttrain_objectives.kl:AdaptiveKL", "coefficient that holds the KL at a target",

@@ -14,6 +14,7 @@ from posttrain.ops import Ops
 from posttrain.protocols import Need, Output
 
 from posttrain_objectives.choices import require_choice
+from posttrain_objectives.columns import required
 from posttrain_objectives.denominators import DENOMINATORS, Denominator, action_weights
 from posttrain_objectives.diagnostics import mean_over_actions
 from posttrain_objectives.kl import k3
@@ -94,7 +95,7 @@ class PolicyGradient:
 
     def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
         xp, logprobs = ops.xp, out.logprobs
-        A = xp.reshape(batch.advantages, (len(self.slots), logprobs.shape[0]))
+        A = ops.stop_gradient(xp.reshape(required(batch, "advantages"), (len(self.slots), logprobs.shape[0])))
         d = log_ratio(ops, logprobs, batch.old_logprobs)
         r = RATIOS[self.ratio](ops, d, logprobs, batch)
         bounds = Bounds(self.clip_low, self.clip_high, self.dual_clip)

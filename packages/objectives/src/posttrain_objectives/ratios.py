@@ -21,7 +21,7 @@ def log_ratio(ops: Ops, logprobs: Array, old_logprobs: Array | None) -> Array:
     No old log-probs means that the policy has not moved since it was scored: the ratio is 1, and its gradient that of
     `logprobs`.
     """
-    old = ops.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
+    old = ops.stop_gradient(logprobs if old_logprobs is None else old_logprobs)
     return ops.xp.clip(logprobs - old, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

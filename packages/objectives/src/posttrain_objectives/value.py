@@ -11,6 +11,7 @@ from posttrain.ops import Ops
 from posttrain.protocols import Need, Output
 
 from posttrain_objectives.choices import require_choice
+from posttrain_objectives.columns import required
 from posttrain_objectives.denominators import Mean, action_weights
 from posttrain_objectives.diagnostics import mean_over_actions
 
@@ -62,8 +63,8 @@ class Value:
         return Weights(value_weight=action_weights(self.denominator, counts))
 
     def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
-        v: Array = out.values
-        G: Array = batch.targets
+        v: Array = required(out, "values")
+        G: Array = ops.stop_gradient(required(batch, "targets"))
         weight = batch.value_weight
         squared = (v - G) ** 2
         metrics = _moments(ops, v, G, weight)
@@ -78,7 +79,7 @@ class Value:
 
 def _bounded(ops: Ops, v: Array, old: Array | None, clip: float) -> Array:
     """clip(v, v_old - clip, v_old + clip) [k, N]; no old values means that the critic has not moved."""
-    v_old = ops.stop_gradient(v) if old is None else old
+    v_old = ops.stop_gradient(v if old is None else old)
     # not v_old + clip(v - v_old): rounding would then move values that are within the bounds
     return ops.xp.minimum(ops.xp.maximum(v, v_old - clip), v_old + clip)
 

@@ -37,7 +37,6 @@ from posttrain_backends.engines import (
     Batched,
     StopStrings,
     assemble,
-    check_fit,
     encode,
     uniforms,
 )
@@ -302,17 +301,16 @@ class TorchSampler:
         """One episode per prompt, in order. Raises `DataError` for prompts that do not fit, `Diverged` where the model
         gives no numbers, and `MemoryExhausted` where even one row does not fit."""
         stops = StopStrings(sampling.stop, self._tokenizer.decode)
-        encoded = encode(prompts, self._tokenizer)
-        self._check_fit(prompts, encoded, sampling)
+        encoded = self._encoded(prompts, sampling)
         answers = self._answers(encoded, sampling, seed, stops) if encoded else []
         return assemble(prompts, encoded, answers, sampling, stops, self._version)
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Raise one `DataError` that names prompts which do not fit the model together with their answers."""
-        self._check_fit(prompts, encode(prompts, self._tokenizer), sampling)
+        """Raise one `DataError` that names all prompts which cannot be encoded or do not fit the model."""
+        self._encoded(prompts, sampling)
 
-    def _check_fit(self, prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], sampling: Sampling) -> None:
-        check_fit(prompts, encoded, sampling, len(self._model.output_weight), self._model.max_positions)
+    def _encoded(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
+        return encode(prompts, self._tokenizer, sampling, len(self._model.output_weight), self._model.max_positions)
 
     def _answers(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int],
                  stops: StopStrings) -> list[Answer]:

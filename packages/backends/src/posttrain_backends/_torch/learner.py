@@ -313,6 +313,10 @@ class TorchLearner:
         counters = {name: int(arrays[name]) for name in _COUNTERS}
         random = {name.removeprefix("random."): torch.from_numpy(np.array(x)) for name, x in arrays.items()
                   if name.startswith("random.")}
+        for name, own in _random_state(self.device).items():
+            if name in random and random[name].shape != own.shape:
+                raise ConfigError([f"random.{name} holds {len(random[name])} bytes, torch's generator {len(own)}"],
+                                  title="the saved state is of another version of torch:")
         tensors = ((name, torch.from_numpy(np.array(x))) for name, x in arrays.items()
                    if name not in counters and not name.startswith("random."))
         files.copy_named(tensors, dict(self._live()), "the saved state")

@@ -1,0 +1,1 @@
+"""Advantages that an outlying reward does not spoil: an estimator for posttrain."""

@@ -1,0 +1,1 @@
+"""The metrics of all runs in one SQLite file: a tracker for posttrain."""

@@ -1,0 +1,77 @@
+"""The backends and engines of posttrain-backends keep the contracts of their kinds, on models of a few hundred numbers.
+
+Those of core are in `tests/core/test_toy.py`, which needs no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from posttrain.testing import BackendContract, EngineContract
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from posttrain_backends.engines import Batched  # noqa: E402  # after the check that the libraries are there
+from posttrain_backends.hf import HF, Lora  # noqa: E402
+from posttrain_backends.torch_native import Torch  # noqa: E402
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
+
+V = 8
+NATIVE = Torch(hidden_size=8, layers=1, heads=2, kv_heads=1, intermediate_size=8, max_positions=32, device="cpu")
+SIZES = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "max_position_embeddings": 32}
+"""Of the model in the folder `tiny`."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Work beside a folder `tiny` that holds a model of transformers, so that components name it alike in every run."""
+    with contextlib.chdir(tmp_path_factory.mktemp("models")), torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model("llama", **SIZES)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained("tiny")
+        yield
+
+
+class TestTorch(BackendContract):
+    components = (NATIVE, replace(NATIVE, layers=2, kv_heads=2, precision="float64"),
+                  replace(NATIVE, tied_embeddings=True, gradient_checkpointing=True, head_chunk=3))
+
+    def reloaded(self, component: Torch, folder: Path) -> Torch:
+        return Torch(weights=str(folder), device="cpu", precision=component.precision)
+
+
+class TestHF(BackendContract):
+    components = (HF(weights="tiny", device="cpu"),)
+    seeded = False
+
+    def reloaded(self, component: HF, folder: Path) -> HF:
+        return HF(weights=str(folder), device="cpu")
+
+
+class TestHFWithAdapter(BackendContract):
+    components = (HF(weights="tiny", device="cpu", adapter=Lora(rank=2, alpha=4.0)),)
+
+    def reloaded(self, component: HF, folder: Path) -> HF:
+        return HF(weights=str(folder), device="cpu")
+
+
+class TestBatched(EngineContract):
+    components = (Batched(), Batched(slots=3, prefill_tokens=5), Batched(cache_tokens=40))
+    backend = NATIVE
+    max_positions = 32
+
+
+class TestBatchedOnHF(EngineContract):
+    components = (Batched(slots=5),)
+    backend = HF(weights="tiny", device="cpu", adapter=Lora(rank=2, alpha=4.0))
+    max_positions = 32

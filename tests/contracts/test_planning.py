@@ -1,0 +1,23 @@
+"""Planners and searchers under their contracts: core's own, and one as an author would write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from contracts import toys_planning
+from contracts.toys_planning import RandomWalk
+from posttrain.batching import FirstFit
+from posttrain.testing import BatchingContract, SearcherContract
+
+
+class TestFirstFit(BatchingContract):
+    components = (FirstFit(), FirstFit(tokens=1))
+
+
+class TestRandomWalk(SearcherContract):
+    components = (RandomWalk(), RandomWalk(low=1e-5, seed=3))
+    plugins = (toys_planning,)
+
+    def contains(self, component: RandomWalk, trial: Mapping[str, Any]) -> bool:
+        return trial.keys() == {"optimizer.lr"} and component.low <= trial["optimizer.lr"] <= component.high
