@@ -133,6 +133,21 @@ def init(directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder
     print(f"next: posttrain check {directory / 'train.yaml'}; posttrain train {directory / 'train.yaml'}")
 
 
+def new(context: typer.Context,
+        kind: Annotated[str, typer.Argument(help="estimator, objective, kl, reward, task, tracker or backend.")],
+        name: Annotated[str, typer.Argument(help="Name of the component: small letters, digits and '_'.")],
+        directory: Annotated[Path, typer.Option("-d", "--directory", metavar="DIR", help="Where its folder is made.")]
+        = Path(".")) -> None:
+    """Write a package of your own with one component, its tests and a run to try it: to be changed and published."""
+    from posttrain import authoring
+
+    written = authoring.new(kind, name, directory, context.obj)
+    for path in written:
+        print(f"wrote {path}")
+    root = directory / authoring.Names(name).distribution
+    print(f"next: cd {root}; pip install --editable . 'posttrain-core[testing]'; pytest; posttrain train train.yaml")
+
+
 def train(context: typer.Context, file: File, settings: Settings = None, as_json: Json = False, quiet: Quiet = False
           ) -> None:
     """Train as a configuration says."""
@@ -242,7 +257,8 @@ def doctor(context: typer.Context,
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
-    "plugins": plugins, "show": show, "init": init, "config": config, "check": check, "train": train, "resume": resume,
+    "plugins": plugins, "show": show, "init": init, "new": new, "config": config, "check": check, "train": train,
+    "resume": resume,
     "eval": evaluate, "sample": sample, "sync": sync, "report": report,
     "export": export, "doctor": doctor}
 

@@ -45,6 +45,8 @@ from posttrain.schema import Settings
 
 SHARED_CRITIC = "policy"
 """`critic: policy` names no component: values come from a head on the policy's trunk."""
+_ABSENT = (None, {"use": "none"})
+"""A key of a component that holds none."""
 
 SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
 """Fields of trackers whose literal values are not written to a run directory."""
@@ -246,6 +248,8 @@ class _Builder:
     def slot(self, f: Field[Any], value: Any, key: Key) -> Any:
         """What a key of components holds: one, none, or a map of names to them."""
         kind = f.metadata["kind"]
+        if (beside := f.metadata.get("beside")) and value == {"use": f.default} and self.tree.get(beside) in _ABSENT:
+            return None
         if not f.metadata.get("many"):
             absent = {"use": "none"} if "none" in self.registry.names(kind) else None
             return None if f.default is value is None else self.part(

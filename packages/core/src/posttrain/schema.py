@@ -14,9 +14,12 @@ from typing import Any, Literal
 from posttrain.protocols import Optimization, RowRules
 
 
-def part(kind: str, default: Any = None) -> Any:
-    """A field that holds one component of `kind`; `default` is its name, or None where it may be absent."""
-    return field(default=default, metadata={"kind": kind})
+def part(kind: str, default: Any = None, beside: str = "") -> Any:
+    """A field that holds one component of `kind`; `default` is its name, or None where it may be absent.
+
+    With `beside` the default is made only where the key of that name holds a component, and is None elsewhere.
+    """
+    return field(default=default, metadata={"kind": kind, "beside": beside})
 
 
 def parts(kind: str, default: Mapping[str, str] | None = None) -> Any:
@@ -193,7 +196,7 @@ class Settings:
     gradient_combiner: Any = part("gradient_combiner")
     """Runs the estimator once per reward column and mixes the gradients: one backward pass and one gradient each."""
     objective: Any = part("objective", "grpo")
-    value_objective: Any = part("objective", "value")
+    value_objective: Any = part("objective", "value", beside="critic")
     """Loss of the critic."""
     kl: Any = part("kl", "none")
     batching: Any = part("batching", "first_fit")

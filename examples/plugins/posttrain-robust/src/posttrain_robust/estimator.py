@@ -25,9 +25,9 @@ MEAN_TO_DEVIATION = 1.253314
 class Robust:
     """A = (s - median) / scale, within +-bound; s is the sum of an episode's rewards, the median is its group's.
 
-    The scale is 1.4826 times the group's median absolute deviation, or, where more than half of the group is equal and
-    that is 0, 1.2533 times its mean absolute deviation (Iglewicz and Hoaglin 1993). A group of equal rewards has
-    advantages of 0.
+    The scale is 1.4826 times the group's median absolute deviation (the modified z-score of Iglewicz and Hoaglin 1993);
+    where that is 0, since more than half of the group is equal, 1.2533 times its mean absolute deviation (Geary 1935).
+    A group of equal rewards has advantages of 0.
 
     Raises `ValueError` on construction where the bound is out of its range.
 

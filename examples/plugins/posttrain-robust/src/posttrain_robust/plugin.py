@@ -12,4 +12,4 @@ def components() -> Iterable[Component]:
     """One estimator."""
     yield Component("estimator", "robust", "posttrain_robust.estimator:Robust",
                     "distance from the group's median in robust standard deviations, bounded",
-                    source="Iglewicz and Hoaglin 1993, How to detect and handle outliers, section 3.3")
+                    source="Iglewicz and Hoaglin 1993, How to detect and handle outliers")

@@ -1,0 +1,197 @@
+"""`posttrain new` and `posttrain init`: what they write and refuse, and that what is written keeps its contract."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import posttrain
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from posttrain import authoring, cli, scaffold
+from posttrain.authoring import OFFERS, Names, core_requirement, texts
+from posttrain.config import load
+from posttrain.errors import InputError
+from posttrain.hookspecs import ENTRY_POINT_GROUP
+from posttrain.registry import Registry, discover, import_file
+from posttrain.testing import ComponentContract, failures
+
+KINDS = tuple(OFFERS)
+EXAMPLES = Path(__file__).parents[2] / "examples" / "plugins"
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return discover()
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_is_complete(kind: str) -> None:
+    files = texts(kind, "my_thing")
+    assert {"README.md", "pyproject.toml", "train.yaml", "tests/test_my_thing.py", "src/posttrain_my_thing/__init__.py",
+            "src/posttrain_my_thing/plugin.py", "src/posttrain_my_thing/py.typed"} <= files.keys()
+    assert len(files) >= 8 and not any("$" in text or "PACKAGE" in path + text for path, text in files.items())
+    found = tomllib.loads(files["pyproject.toml"])
+    assert found["project"]["name"] == "posttrain-my-thing"
+    assert found["project"]["entry-points"] == {ENTRY_POINT_GROUP: {"my_thing": "posttrain_my_thing.plugin"}}
+    assert found["project"]["dependencies"] == [core_requirement()]
+    assert yaml.safe_load(files["train.yaml"])["plugins"] == ["posttrain.toy"]
+    for what in ("pip install posttrain-my-thing", f"posttrain show {kind} my_thing", "pytest", "train.yaml", "twine"):
+        assert what in files["README.md"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_module_is_python_says_what_it_is_and_fits_a_line(kind: str) -> None:
+    for path, text in texts(kind, "usual_name").items():
+        if path.endswith(".py"):
+            assert ast.get_docstring(ast.parse(text)), path
+            assert max(map(len, text.splitlines())) <= 120, path
+
+
+def test_the_requirement_allows_this_version_and_not_the_next_that_may_break() -> None:
+    allowed = Requirement(core_requirement()).specifier
+    assert allowed.contains(posttrain.__version__)
+    assert not Requirement(core_requirement("0.1.0")).specifier.contains("0.2.0")
+    assert not Requirement(core_requirement("1.2.3")).specifier.contains("2.0.0")
+    assert Requirement(core_requirement("1.2.3")).specifier.contains("1.9.0")
+
+
+def test_examples_require_what_a_new_package_would() -> None:
+    found = [tomllib.loads(path.read_text("utf-8"))["project"] for path in EXAMPLES.glob("*/pyproject.toml")]
+    assert [project["dependencies"] for project in found] == [[core_requirement()]] * 3
+
+
+def test_the_command_says_what_it_wrote_and_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = called(capsys, "new", "estimator", "my_thing", "--directory", str(tmp_path))
+    root = tmp_path / "posttrain-my-thing"
+    assert (code, err) == (0, "")
+    written = {path for path in root.rglob("*") if path.is_file()}
+    assert {f"wrote {path}" for path in written} == set(out.splitlines()[:-1])
+    assert out.splitlines()[-1].startswith(f"next: cd {root}; pip install --editable .")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("MyThing", "for example 'my_thing'"), ("my-thing", "for example 'my_thing'"), ("2d", "for example 'd'"),
+    ("_x", "for example 'x'"), ("my__thing", "for example 'my_thing'"), ("", "is no name"), ("größe", "is no name"),
+    ("../up", "for example 'up'"), ("a b", "for example 'a_b'"),
+    ("gae", "estimator 'gae' is already offered by posttrain-estimators"),
+    ("core", "distribution posttrain-core is one of posttrain's own"),
+    ("episodes", "the class would be called Episodes"), ("none", "the class would be called None"),
+    ("value_error", "the class would be called ValueError"),
+])
+def test_names_that_cannot_be(name: str, says: str, tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(InputError) as caught:
+        authoring.new("estimator", name, tmp_path, registry)
+    assert says in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_may_not_take_an_engines_name(tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(InputError, match="engine 'batched' is already offered by posttrain-backends"):
+        authoring.new("backend", "batched", tmp_path, registry)
+
+
+def test_names_of_our_packages_are_taken_where_they_are_not_installed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="estimator 'gae' is already offered by posttrain-estimators"):
+        authoring.new("estimator", "gae", tmp_path, discover(entry_points=()))
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = called(capsys, "new", "estimater", "My Thing", "-d", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "posttrain new estimater My Thing writes nothing:",
+        "  'estimater' is no kind of component; did you mean 'estimator'?",
+        "  'My Thing' is no name: small letters and digits, words joined by '_', a letter first; for example "
+        "'my_thing'",
+        "posttrain new KIND NAME [--directory DIR], KIND one of estimator, objective, kl, reward, task, tracker, "
+        "backend"]
+
+
+def test_a_kind_without_a_template_is_refused_by_name(tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(InputError, match="there is no template for kind 'tokenizer'"):
+        authoring.new("tokenizer", "mine", tmp_path, registry)
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "posttrain-mine").mkdir()
+    code, _, err = called(capsys, "new", "kl", "mine", "-d", str(tmp_path))
+    assert code == 2 and f"this exists and is not overwritten ({tmp_path / 'posttrain-mine'})" in err
+    assert list((tmp_path / "posttrain-mine").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, registry: Registry) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        authoring.new("kl", "mine", tmp_path / "file", registry)
+
+
+def test_no_word_of_python_becomes_a_class() -> None:
+    assert {word for word in keyword.kwlist if word[0].isupper()} <= authoring._taken_names("reward")
+
+
+# ---- what is written works here, where torch and JAX are installed
+
+
+@pytest.fixture
+def package(tmp_path: Path, registry: Registry, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Registry]]:
+    """A package that was just written, importable from its folder, and a registry that holds it."""
+    kind = request.param
+    authoring.new(kind, f"fresh_{kind}", tmp_path, registry)
+    root = tmp_path / Names(f"fresh_{kind}").distribution
+    sys.path.insert(0, str(root / "src"))
+    try:
+        module = __import__(f"posttrain_fresh_{kind}.plugin", fromlist=["plugin"])
+        yield root, registry.extended([module])
+    finally:
+        sys.path.remove(str(root / "src"))
+        for name in [name for name in sys.modules if name.startswith(f"posttrain_fresh_{kind}")]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("package", KINDS, indirect=True)
+def test_its_configuration_can_be_read(package: tuple[Path, Registry], request: pytest.FixtureRequest) -> None:
+    root, registry = package
+    loaded = load(root / "train.yaml", [], registry)
+    assert any(c.target.startswith("posttrain_fresh_") for c in loaded.components.values())
+
+
+@pytest.mark.parametrize("package", ["estimator", "kl", "reward", "backend"], indirect=True)
+def test_it_keeps_its_contract_in_every_framework(package: tuple[Path, Registry], tmp_path: Path) -> None:
+    """The others are tried in an environment of core alone: `tests/integration/test_authors_packages.py`."""
+    root, _ = package
+    (file,) = (root / "tests").glob("test_*.py")
+    module = import_file(file)
+    contracts = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, ComponentContract)
+                 and c.__module__ == module.__name__]
+    assert contracts
+    for contract in contracts:
+        contract.plugins = (root / "src" / root.name.replace("-", "_") / "plugin.py",)
+        assert list(failures(contract, tmp_path=tmp_path)) == []
+
+
+# ---- posttrain init
+
+
+def test_init_writes_three_files_and_overwrites_none(tmp_path: Path) -> None:
+    assert sorted(path.name for path in scaffold.write(tmp_path)) == ["data.jsonl", "rewards.py", "train.yaml"]
+    (tmp_path / "rewards.py").unlink()
+    with pytest.raises(InputError, match=r"(?s)data\.jsonl.*train\.yaml"):
+        scaffold.write(tmp_path)
+    assert not (tmp_path / "rewards.py").exists()
