@@ -35,11 +35,16 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One test process per core, each with one thread: threads of several processes on the same cores wait for one another.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: check
-	$(BIN)/python -m pytest -m "not slow and not clean"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not clean"
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not clean"
+	$(PYTEST) -m clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/addition/demo.py

@@ -138,6 +138,22 @@ def test_a_correction_weighs_and_rejects() -> None:
     assert signal.correction.tolist() == [0.5] * 6
 
 
+def test_a_correction_reaches_every_episode_that_some_reward_keeps() -> None:
+    """The first reward excludes an episode, the second keeps it: its stale tokens are corrected like all others."""
+    @dataclass(frozen=True)
+    class Half:
+        needs: frozenset[Need] = frozenset()
+
+        def __call__(self, episodes: Episodes) -> Corrected:
+            return Corrected(np.full(len(episodes.rewards), 0.5), np.ones(len(episodes.rewards), bool), Metrics())
+    r, both = two_columns(), np.array([False, True, False])
+    signal = advantages(r, Annotations(), Returns(), ["r", "q"], correction=Half())
+    assert signal.correction.tolist() == [0.5] * 6
+    nobody = replace(r, excluded={"r": both, "q": both})
+    assert advantages(nobody, Annotations(), Returns(), ["r", "q"], correction=Half()).correction.tolist() == [
+        0.5, 0.5, 1, 1, 1, 0.5]
+
+
 def test_a_penalty_is_taken_from_each_action() -> None:
     r = replace(two_columns(), excluded={})
     signal = advantages(r, Annotations(), Returns(), ["r"], penalty=np.array([0.5, 0, 0, 1, 1, 0]))

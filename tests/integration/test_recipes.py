@@ -16,9 +16,13 @@ import posttrain
 import pytest
 from integration import small
 from posttrain import checkpoint, compose, config, trainer
-from posttrain.data import Estimate, Rollouts
+from posttrain.data import Counts, Estimate, Loss, MicroBatch, Rollouts, Term, TokenOutputs, Weights
+from posttrain.errors import ConfigError
+from posttrain.ops import Ops
+from posttrain.protocols import Need, Output
 from posttrain.recipes import RECIPES
 from posttrain.rundir import read_metrics
+from posttrain.testing import EstimatorContract, failures
 
 pytest.importorskip("torch")
 
@@ -253,6 +257,56 @@ def test_a_combiner_of_gradients_from_python(tmp_path: Path) -> None:
         assert line["combiner/digits"] > 0 < line["combiner/brevity"] and line["combiner/shared"] == 1
 
 
+@dataclass(frozen=True)
+class OneSlot:
+    """An objective as an author's first one: one term, weights for it alone, no field for slots."""
+
+    term: str = "policy"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.ADVANTAGES})
+
+    @property
+    def outputs(self) -> frozenset[Output]:
+        return frozenset({Output.LOGPROBS})
+
+    @property
+    def unit(self) -> str:
+        return "action"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("main",)
+
+    def weights(self, counts: Counts) -> Weights:
+        return Weights(np.full(int(counts.episode_actions.sum()), 1 / counts.actions))
+
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Any]) -> Loss:
+        return Loss({self.term: Term(-ops.xp.sum(batch.weight * batch.advantages * out.logprobs))})
+
+
+def test_an_objective_that_knows_nothing_of_kl_gets_it_all_the_same(tmp_path: Path) -> None:
+    _, lines = trained(tmp_path, objective=OneSlot(), kl={"use": "fixed", "placement": "loss", "coef": 0.1})
+    assert all(line["policy/entropy"] > 0 for line in lines)
+    assert lines[-1]["kl/reference"] > 0 and lines[-1]["loss/kl"] > 0
+
+
+def test_a_term_called_as_cores_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two parts of the loss have a term or metric called 'kl'"):
+        trained(tmp_path, objective=OneSlot("kl"), kl={"use": "fixed", "placement": "loss", "coef": 0.1})
+
+
+def test_rewards_that_are_estimated_apart_take_no_weights_and_an_objective_with_slots(tmp_path: Path) -> None:
+    weighed = {"digits": {"use": digits, "weight": 2.0}, "brevity": brevity}
+    settings = small.config(tmp_path / "run", objective=OneSlot(), rewards=weighed, gradient_combiner=Inverse())
+    with pytest.raises(ConfigError) as error:
+        posttrain.train(settings, output="quiet")
+    assert "rewards.digits.weight is 2, but each reward is estimated by itself" in str(error.value)
+    assert "has no field slots, so its gradients cannot be taken per reward" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_column_may_apply_to_no_episode_of_a_step(tmp_path: Path) -> None:
     """The other column still teaches."""
     steps = iter(range(10))
@@ -349,14 +403,24 @@ def example(language: str, mark: str) -> str:
 
 
 def test_the_readmes_plugin_of_one_file(tmp_path: Path) -> None:
-    block = example("python", "# median_baseline.py")
+    block = example("python", "# clipped.py")
     assert sum(bool(line.strip()) for line in block.splitlines()) <= 25, "the README promises a short one"
-    (tmp_path / "median_baseline.py").write_text(block)
-    trained(tmp_path, recipe="reinforce", plugins=[str(tmp_path / "median_baseline.py")],
-            estimator={"use": "median", "scale": 0.5})
-    made = posttrain.discover([tmp_path / "median_baseline.py"]).create("estimator", "median", scale=2.0)
-    episodes = posttrain.Episodes.from_rows(rewards=[[0.0, 1.0], [0.5], [0.0]], group=[0, 0, 0])
-    assert made(episodes).advantages.tolist() == [1.0, 1.0, 0.0, -1.0]
+    path = tmp_path / "clipped.py"
+    path.write_text(block)
+    trained(tmp_path, recipe="reinforce", plugins=[str(path)], estimator={"use": "clipped", "limit": 0.5})
+    made = posttrain.discover([path]).create("estimator", "clipped", limit=2.0)
+    episodes = posttrain.Episodes.from_rows(rewards=[[0.0, 6.0], [0.5], [1.0]], group=[0, 0, 0])
+    assert made(episodes).advantages.tolist() == [2.0, 2.0, -2.0, -1.5]
+
+    class Contract(EstimatorContract):
+        components, plugins, scope = (made,), (path,), "group"
+
+        def oracle(self, component: Any, episodes: posttrain.Episodes) -> list[float]:
+            s = [sum(episodes.rewards[a:b]) for a, b in zip(episodes.offsets, episodes.offsets[1:])]
+            means = [np.mean([s[o] for o in range(len(s)) if episodes.group[o] == g]) for g in episodes.group]
+            return [min(max(s[e] - means[e], -2.0), 2.0) for e, n in enumerate(episodes.lengths) for _ in range(n)]
+
+    assert not list(failures(Contract)), "the README shows what keeps the contract"
 
 
 def test_the_readmes_estimator_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from posttrain.data import Episodes, Estimate, Loss, Metric, Metrics, MicroBatch, Prompt, Rollouts, Sampling, Term
     from posttrain.hookspecs import Component, hookimpl
     from posttrain.ops import Ops, reverse_recurrence, segment_sum
+    from posttrain.protocols import Need, Output
     from posttrain.registry import Registry, discover
     from posttrain.run import Run, evaluate, resume, sample, train
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Component", "Episodes", "Estimate", "Loss", "Metric", "Metrics", "MicroBatch", "Ops", "Prompt", "Registry",
-    "Rollouts", "Run", "Sampling", "Term", "discover", "evaluate", "hookimpl", "resume", "reverse_recurrence", "sample",
-    "segment_sum", "train",
+    "Component", "Episodes", "Estimate", "Loss", "Metric", "Metrics", "MicroBatch", "Need", "Ops", "Output", "Prompt",
+    "Registry", "Rollouts", "Run", "Sampling", "Term", "discover", "evaluate", "hookimpl", "resume",
+    "reverse_recurrence", "sample", "segment_sum", "train",
 ]
 
 _MODULE = {name: module for module, names in {
@@ -29,6 +30,7 @@ _MODULE = {name: module for module, names in {
              "Term"),
     "hookspecs": ("Component", "hookimpl"),
     "ops": ("Ops", "reverse_recurrence", "segment_sum"),
+    "protocols": ("Need", "Output"),
     "registry": ("Registry", "discover"),
     "run": ("Run", "evaluate", "resume", "sample", "train"),
 }.items() for name in names}

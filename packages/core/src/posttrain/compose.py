@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from posttrain.comm import SingleProcess
 from posttrain.config import SHARED_CRITIC, Loaded
@@ -55,6 +55,8 @@ def needs_of(settings: Settings) -> frozenset[Need]:
     recomputed = optimiser_steps(settings) > 1 and not ratio_to_sampler(settings)
     if recomputed or settings.kl.placement == "reward" or sampling_of(settings).truncates:
         needs |= {Need.LOGPROBS}
+    if ratio_to_sampler(settings):
+        needs |= {Need.BEHAVIOR_LOGPROBS}
     return needs
 
 
@@ -92,6 +94,13 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
             problems.append(Problem(f"{key} '{_name(loaded, key)}' needs 'action_values', which no backend provides"))
     if settings.combiner is not None and settings.gradient_combiner is not None:
         problems.append(Problem("combiner mixes advantages and gradient_combiner mixes gradients; choose one"))
+    if settings.gradient_combiner is not None and "slots" not in {f.name for f in fields(settings.objective)}:
+        problems.append(Problem(f"objective '{_name(loaded, 'objective')}' has no field slots, so its gradients cannot "
+                                "be taken per reward; use combiner, or another objective"))
+    if len(reward_columns(settings)) > 1:
+        problems += [Problem(f"rewards.{name}.weight is {entry.weight:g}, but each reward is estimated by itself and "
+                             "mixed by the combiner; leave it out, and give weights to the combiner")
+                     for name, entry in settings.rewards.items() if entry.weight != 1]
     if len(reward_columns(settings)) > 1 and settings.kl.placement == "reward":
         problems.append(Problem("kl.placement: reward would be taken from every reward column; use placement: loss"))
     if Output.LOGPROBS not in settings.policy.provides:

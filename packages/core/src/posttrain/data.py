@@ -436,8 +436,11 @@ class Weights:
     """Per-action weights made from `Counts`, [N] each, float64; None where the objective has no such term."""
 
     weight: np.ndarray | None = None
+    """Of policy terms, corrections not included: core multiplies them in."""
     kl_weight: np.ndarray | None = None
+    """Of KL and entropy, which corrections leave alone; None is as `weight`."""
     value_weight: np.ndarray | None = None
+    """Of value terms."""
 
 
 Reduction = Literal["mean", "sum", "max", "min", "last"]

@@ -12,6 +12,7 @@ from typing import Any, Literal, final
 
 from posttrain.batching import coarsest
 from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
+from posttrain.errors import ConfigError
 from posttrain.ops import Ops
 from posttrain.protocols import KL, Need, Objective, Output
 
@@ -125,8 +126,10 @@ class Sum:
         return self.parts[0].slots
 
     def weights(self, counts: Counts) -> Weights:
-        """The columns of all parts; where two fill one, the earlier part's holds."""
-        found = [part.weights(counts) for part in self.parts]
+        """The columns of all parts; where two fill one, the earlier part's holds. KL and entropy are weighed as the
+        part's own terms where it says nothing else."""
+        found = [w if w.kl_weight is not None else replace(w, kl_weight=w.weight)
+                 for w in (part.weights(counts) for part in self.parts)]
         def first(name: str) -> Any:
             return next((x for w in found if (x := getattr(w, name)) is not None), None)
         return Weights(*(first(name) for name in ("weight", "kl_weight", "value_weight")))
@@ -137,6 +140,9 @@ class Sum:
         slot = SHARED if len(self.slots) > 1 else self.slots[0]
         for part in self.parts[1:]:
             added = part(ops, out, batch, coef)
+            if twice := sorted((terms.keys() & added.terms.keys()) | (metrics.keys() & added.metrics.keys())):
+                raise ConfigError([f"two parts of the loss have a term or metric called '{name}'; an objective beside "
+                                   "which core adds its own must call its own otherwise" for name in twice])
             terms.update({name: replace(term, slot=slot) for name, term in added.terms.items()})
             metrics.update(added.metrics)
         return Loss(terms, metrics)

@@ -30,6 +30,9 @@ from posttrain.loss import k3
 from posttrain.ops import ops_of
 from posttrain.protocols import KL, Batching, Combiner, Correction, Estimator, Need, Output, Scorer
 
+ANY_REWARD = "any"
+"""Column of a rollout whose rewards do not matter."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Annotations:
@@ -142,14 +145,20 @@ def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, col
         rows = stacked[0] if len(columns) == 1 else stacked
     weight = np.ones(len(keep))
     if correction is not None:
-        # the column does not matter to a correction: it reads log-probs, never rewards
-        episodes, chosen = episodes_of(rollouts, columns[0], notes)
+        episodes, chosen = episodes_of(_without_rewards(rollouts, columns), ANY_REWARD, notes)
         corrected = correction(episodes)
         weight[chosen] = to_numpy(corrected.weight)
         keep[chosen] &= to_numpy(corrected.keep)
         metrics = metrics + corrected.metrics
     return Signal(advantages=rows, keep=keep, correction=weight, metrics=metrics,
                   targets=np.stack(targets) if targets else None)
+
+
+def _without_rewards(rollouts: Rollouts, columns: Sequence[str]) -> Rollouts:
+    """The same episodes for a correction, which reads log-probs and never rewards: all to which some reward applies."""
+    nowhere = np.zeros(rollouts.n_episodes, bool)
+    excluded = np.logical_and.reduce([rollouts.excluded.get(column, nowhere) for column in columns])
+    return replace(rollouts, rewards={ANY_REWARD: np.zeros(len(rollouts.tokens))}, excluded={ANY_REWARD: excluded})
 
 
 def _on_all_actions(estimate: Estimate, chosen: np.ndarray, n: int) -> Estimate:

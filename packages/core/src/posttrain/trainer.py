@@ -18,6 +18,7 @@ import numpy as np
 from posttrain.comm import Comm
 from posttrain.config import RewardEntry
 from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
+from posttrain.errors import ConfigError
 from posttrain.protocols import (
     KL,
     Batching,
@@ -166,7 +167,12 @@ def any_to_learn(rollouts: Rollouts, columns: Sequence[str]) -> bool:
 
 
 def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations, int]:
-    """Ask the models for exactly what some part needs."""
+    """Ask the models for exactly what some part needs. Raises `ConfigError` where the sampler did not say what one
+    does."""
+    if Need.BEHAVIOR_LOGPROBS in parts.needs and rollouts.behavior_logprobs is None:
+        raise ConfigError(["the engine records no log-probs, which the correction or the ratio to the sampler needs"],
+                          next_step="take another rollout.engine, or train on policy: no correction, rollout.staleness "
+                                    "and replay.capacity 0")
     notes = Annotations()
     wanted = needed_outputs(parts.needs) if parts.critic is parts.policy else frozenset[Output]()
     if Need.LOGPROBS in parts.needs or wanted:
