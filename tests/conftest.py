@@ -1,9 +1,15 @@
-"""Settings of every test: few threads, no accelerator, examples of Hypothesis drawn the same way each time."""
+"""Settings of every test: few threads, no accelerator, examples of Hypothesis drawn the same way each time.
+
+Needs pytest and Hypothesis alone: the tests of a package run where only core and that package are installed, and a
+test that needs more says so with `@pytest.mark.needs("torch", ...)`.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
+import pytest
 from hypothesis import settings
 
 # Before torch or JAX is imported anywhere: they read these once.
@@ -15,3 +21,16 @@ pytest_plugins = ["pytester"]  # the contract kit's own behaviour in pytest is t
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*modules): skipped where one of these modules is not installed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Nothing is imported here: a test about what an import costs stays one."""
+    for mark in item.iter_markers("needs"):
+        for module in mark.args:
+            if find_spec(module) is None:
+                pytest.skip(f"{module} is not installed")

@@ -361,8 +361,7 @@ BROKEN_BACKENDS = [
 
 @pytest.mark.parametrize(("bug", "test", "members"), BROKEN_BACKENDS, ids=[b[0] for b in BROKEN_BACKENDS])
 def test_a_broken_backend_is_found(bug: str, test: str, members: dict[str, Any], tmp_path: Path) -> None:
-    contract = type("Broken", (OnToy,), {"components": (backend(**members),)})
-    assert [name for name, _ in failures(contract, only=test, tmp_path=tmp_path)] == [test], bug
+    assert [name for name, _ in failures(OnToy, backend(**members), only=test, tmp_path=tmp_path)] == [test], bug
 
 
 # ---- wrong engines
@@ -505,8 +504,7 @@ BROKEN_ENGINES = [
 
 @pytest.mark.parametrize(("bug", "test", "component"), BROKEN_ENGINES, ids=[b[0] for b in BROKEN_ENGINES])
 def test_a_broken_engine_is_found(bug: str, test: str, component: Any) -> None:
-    contract = type("Broken", (OnToyEngine,), {"components": (component,)})
-    assert [name for name, _ in failures(contract, only=test)] == [test], bug
+    assert [name for name, _ in failures(OnToyEngine, component, only=test)] == [test], bug
 
 
 # ---- and nothing else
@@ -515,9 +513,8 @@ def test_a_broken_engine_is_found(bug: str, test: str, component: Any) -> None:
 def test_the_right_ones_pass(tmp_path: Path) -> None:
     """The same toy without a bug, made in the same way."""
     for contract, right in ((OnToy, Toy()), (OnToyEngine, ToyEngine())):
-        assert not list(failures(type("Right", (contract,), {"components": (right,)}), tmp_path=tmp_path))
-    unchanged = type("Unchanged", (OnToy,), {"components": (backend(),)})
-    found = {name for name, _ in failures(unchanged, tmp_path=tmp_path)}
+        assert not list(failures(contract, right, tmp_path=tmp_path))
+    found = {name for name, _ in failures(OnToy, backend(), tmp_path=tmp_path)}
     assert found <= {"test_is_found_by_its_name", "test_can_be_sent_to_another_process"}  # made inside a function
 
 

@@ -22,7 +22,12 @@ LINES = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% e
 
 
 class TestBytes(TokenizerContract):
-    components = (Bytes(), Bytes(bos=True), Bytes(template=LINES))
+    components = (Bytes(), Bytes(bos=True))
+
+
+@pytest.mark.needs("jinja2")
+class TestBytesWithATemplate(TokenizerContract):
+    components = (Bytes(template=LINES),)
 
 
 class TestCharacters(TokenizerContract):

@@ -17,9 +17,12 @@ from typing import Any
 import posttrain
 import pytest
 from distributions import install
+from needed import first_party
 from posttrain import catalogue, cli, compose, config, run, scaffold
+from posttrain.errors import RewardError
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.registry import Foreign, Registry, discover
+from posttrain.rewards.calls import Returned
 from posttrain.rewards.pool import Job, Pool
 from posttrain.rundir import RunDirectory
 
@@ -108,6 +111,7 @@ def test_error_of_a_missing_package(capsys: pytest.CaptureFixture[str], monkeypa
                           "pip install 'posttrain-backends[hf]'") in err
 
 
+@first_party
 def test_error_of_a_need_that_nobody_provides(capsys: pytest.CaptureFixture[str], site: Path, folder: Path) -> None:
     install(site, "posttrain-estimators", ESTIMATORS)
     code, out, err = called(capsys, "check", "train.yaml", "estimator=gae")
@@ -115,6 +119,7 @@ def test_error_of_a_need_that_nobody_provides(capsys: pytest.CaptureFixture[str]
     assert "estimator 'gae' needs 'values'; add a critic (critic: policy) or use one of: grpo, reinforce, rloo\n" in err
 
 
+@first_party
 def test_error_of_a_misspelled_field_names_its_line(capsys: pytest.CaptureFixture[str], site: Path,
                                                     folder: Path) -> None:
     install(site, "posttrain-estimators", ESTIMATORS)
@@ -223,6 +228,7 @@ def test_verbose_adds_target_source_defaults_and_times(capsys: pytest.CaptureFix
     assert lines[-1].startswith("One    1 components  ") and lines[-1].endswith(" ms")
 
 
+@first_party
 @pytest.mark.skipif(sys.platform == "win32", reason="pty is POSIX")
 def test_a_terminal_gets_titles_and_lines_of_its_width() -> None:
     import pty
@@ -266,6 +272,7 @@ def test_a_card_has_fields_needs_provider_and_file(capsys: pytest.CaptureFixture
     assert err == "" and f"file:        {__file__}\nneeds:       logprobs, values\nunit:        episode\n" in out
 
 
+@first_party
 def test_real_components_say_what_they_need_and_provide(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nneeds:       values\n" in called(capsys, "show", "estimator", "gae")[1]
     assert "\nprovides:    " in called(capsys, "show", "backend", "torch")[1]
@@ -376,6 +383,7 @@ def seen_in_worker(text: str, folder: Path, registry: Registry) -> list[float]:
     return numbers
 
 
+@first_party
 def test_a_worker_sees_the_reward_of_an_installed_plugin(site: Path, folder: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_BLOCK", "nothing")
@@ -385,6 +393,7 @@ def test_a_worker_sees_the_reward_of_an_installed_plugin(site: Path, folder: Pat
     assert process != os.getpid() and others == [2.0, 1.0, 1.0], "the preset, the environment, the plugins"
 
 
+@first_party
 def test_a_worker_sees_the_reward_of_a_single_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_BLOCK", "nothing")
     (folder / "p.py").write_text(REWARDS.replace("OWN", "mine").replace("INSTALLED", "False")
@@ -402,6 +411,7 @@ class RewardPlugin:
         yield Component("reward", "mine", "object_under_test:Seen", "of an object", {"scale": 4.0})
 
 
+@first_party
 def test_a_worker_sees_the_reward_of_an_object(site: Path, folder: Path) -> None:
     (site / "object_under_test.py").write_text(REWARDS.replace("INSTALLED", "False").replace("TARGET", "''"))
     process, *others = seen_in_worker("rewards: {seen: mine}\n", folder, discover([RewardPlugin()]))
@@ -428,6 +438,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@first_party
 def test_a_single_file_is_in_the_manifest_and_a_change_ends_the_promise_of_equal_bits(folder: Path,
                                                                                        single: Path) -> None:
     loaded = config.load(folder / "train.yaml", SINGLE, discover())
@@ -443,6 +454,7 @@ def test_a_single_file_is_in_the_manifest_and_a_change_ends_the_promise_of_equal
     assert str(single) in told and before in told and sha256(single) in told
 
 
+@first_party
 @pytest.mark.slow
 def test_resuming_says_that_a_single_file_changed(folder: Path, single: Path,
                                                   caplog: pytest.LogCaptureFixture) -> None:
@@ -451,3 +463,128 @@ def test_resuming_says_that_a_single_file_changed(folder: Path, single: Path,
     finished = run.resume("runs/here", ["steps=2"], output="quiet")
     told = [r.getMessage() for r in caplog.records if "no longer bitwise equal" in r.getMessage()]
     assert finished.state.step == 2 and len(told) == 1 and sha256(single) in told[0]
+
+
+# --- modules in the manifest ------------------------------------------------------------------------------------------
+
+MODULE = """
+from posttrain.hookspecs import Component, hookimpl
+@hookimpl
+def components():
+    yield Component("reward", "mine", "TARGET", "one for all")
+"""
+REWARD = "def one(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n"
+
+
+def recorded(folder: Path, plugin: str, reward: str = "mine") -> tuple[dict[str, str], dict[str, str]]:
+    """Plugins and user files in the manifest of a run with a plugin and a reward of it."""
+    (folder / "mine.yaml").write_text("task: {use: rows, path: data.jsonl}\n")
+    loaded = config.load(folder / "mine.yaml", [f"plugins=[{plugin}]", f"rewards={{r: {reward}}}"], discover())
+    found = run.manifest(loaded)
+    return found["plugins"], found["user_files"]
+
+
+@first_party
+def test_a_module_of_an_installed_distribution_has_its_version_and_its_hashes(folder: Path) -> None:
+    plugins, files = recorded(folder, "posttrain.toy", "exact_match")
+    package = Path(posttrain.__file__).parent / "toy"
+    assert "posttrain.toy" not in plugins and plugins["posttrain-core"] == posttrain.__version__
+    assert files == {str(path): sha256(path) for path in package.glob("*.py")} and len(files) >= 4
+
+
+@first_party
+def test_a_module_of_ones_own_is_hashed_like_a_file(folder: Path, site: Path) -> None:
+    module = site / "own_under_test.py"
+    module.write_text(MODULE.replace("TARGET", "own_under_test:one") + REWARD)
+    plugins, files = recorded(folder, "own_under_test")
+    assert files == {str(module): sha256(module)} and set(plugins).isdisjoint({"own_under_test", "", "unknown"})
+
+
+@first_party
+def test_of_a_package_all_files_are_hashed_and_its_distribution_is_named(folder: Path, site: Path) -> None:
+    """What a module of a package declares may be in any other of its modules."""
+    package = site / "wordy_under_test"
+    (package / "inner").mkdir(parents=True)
+    declares = MODULE.replace("TARGET", "wordy_under_test.inner.rewards:one")
+    for name, text in (("__init__.py", ""), ("plugin.py", declares), ("inner/__init__.py", ""),
+                       ("inner/rewards.py", REWARD)):
+        (package / name).write_text(text)
+    info = site / "wordy-2.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wordy\nVersion: 2.5\n")
+    (info / "RECORD").write_text("wordy_under_test/__init__.py,,\nwordy_under_test/plugin.py,,\n")
+    plugins, files = recorded(folder, "wordy_under_test.plugin")
+    assert plugins["wordy"] == "2.5" and "wordy_under_test.plugin" not in plugins
+    assert set(files) == {str(path) for path in package.rglob("*.py")} and len(files) == 4
+    for name in [name for name in sys.modules if name.startswith("wordy_under_test")]:
+        del sys.modules[name]
+
+
+# --- classes of a single file in a worker -----------------------------------------------------------------------------
+
+HOLDING = """
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+import os
+from posttrain.hookspecs import Component, hookimpl
+
+class Mode(Enum):
+    ONE = "one"
+    TWO = "two"
+
+@dataclass(frozen=True)
+class Inner:
+    scale: float = 1.0
+
+@dataclass(frozen=True)
+class Seen:
+    mode: Mode = Mode.ONE
+    inner: Inner = Inner()
+
+    def __call__(self, prompts, completions, **columns):
+        return [float(os.getpid()), float(self.mode is Mode.TWO), self.inner.scale, float(type(self.inner) is Inner)]
+
+@hookimpl
+def components():
+    yield Component("reward", "mine", "p:Seen", "holds what only this file has")
+"""
+
+
+@first_party
+@pytest.mark.parametrize("named", ["plugins: [p.py]\nrewards: {seen: {use: mine, ",
+                                   "rewards: {seen: {file: 'p.py:Seen', "])
+def test_a_worker_makes_a_reward_whose_fields_are_of_classes_of_a_single_file(folder: Path, named: str) -> None:
+    (folder / "p.py").write_text(HOLDING)
+    process, *others = seen_in_worker(named + "mode: two, inner: {scale: 3}}}\n", folder, discover())
+    assert process != os.getpid() and others == [1.0, 3.0, 1.0]
+
+
+@first_party
+def test_a_class_that_a_worker_cannot_have_is_told_by_name(folder: Path) -> None:
+    (folder / "p.py").write_text(HOLDING)
+    (folder / "mine.yaml").write_text("task: {use: rows, path: data.jsonl}\nreward_workers: {count: 1}\n"
+                                      "plugins: [p.py]\nrewards: {seen: mine}\n")
+    loaded = config.load(folder / "mine.yaml", [], discover())
+    (folder / "p.py").write_text(HOLDING + "# changed since\n")
+    with compose.reward_workers(loaded.settings) as workers, pytest.raises(
+            RewardError, match="reward 'seen' cannot be loaded in a worker: ModuleNotFoundError: No module named "
+                               "'posttrain_file_p_"):
+        assert isinstance(workers, Pool)
+        workers.run([Job(0, (0,), {"prompts": ["a"], "completions": ["b"]})])
+
+
+@first_party
+def test_columns_of_classes_of_a_single_file_reach_a_worker(folder: Path) -> None:
+    """A task in the same file may put whatever pickles into a row."""
+    (folder / "p.py").write_text(HOLDING.replace("[float(os.getpid())", "[float(columns['inner'][0].scale)"))
+    (folder / "mine.yaml").write_text("task: {use: rows, path: data.jsonl}\nreward_workers: {count: 1}\n"
+                                      "plugins: [p.py]\nrewards: {seen: mine}\n")
+    loaded = config.load(folder / "mine.yaml", [], discover())
+    reward: Any = loaded.settings.rewards["seen"].call
+    inner = type(reward.inner)(scale=7.0)
+    with compose.reward_workers(loaded.settings) as workers:
+        assert isinstance(workers, Pool)
+        columns: dict[str, Any] = {"prompts": ["a"] * 4, "completions": ["b"] * 4, "inner": [inner] * 4}
+        outcome, = workers.run([Job(0, (0, 1, 2, 3), columns)])
+    assert outcome == Returned((7.0, 0.0, 1.0, 1.0))

@@ -7,15 +7,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import posttrain
 import pytest
 import typer
+from needed import first_party
 from posttrain import cli, run, scaffold
 from posttrain.catalogue import field_docs
 from posttrain.errors import CheckpointDamaged, InputError
-from posttrain.hookspecs import Component, hookimpl
+from posttrain.hookspecs import ENTRY_POINT_GROUP, Component, hookimpl
 from posttrain.protocols import KINDS
 from posttrain.recipes import RECIPES
 from posttrain.registry import Foreign, Registry, discover
@@ -52,7 +54,7 @@ def process(arguments: Sequence[str]) -> tuple[float, list[str], str]:
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["train", "--help"], "[KEY=VALUE]"), (["--help"], "plugins"), (["plugins"], "estimator"),
+    (["train", "--help"], "[KEY=VALUE]"), (["--help"], "plugins"), (["plugins"], "tracker"),
     (["plugins", "--json"], '"components"'),
 ])
 def test_help_and_listing_are_quick_and_import_no_framework(arguments: list[str], says: str) -> None:
@@ -61,6 +63,7 @@ def test_help_and_listing_are_quick_and_import_no_framework(arguments: list[str]
     assert seconds < 0.4, f"{seconds} s of CPU"  # 0.16 s on an idle core; NumPy alone takes another 0.1 s
 
 
+@first_party
 def test_plugins_lists_every_component_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = called(capsys, "plugins")
     assert (code, err) == (0, "")
@@ -71,6 +74,7 @@ def test_plugins_lists_every_component_and_recipe(capsys: pytest.CaptureFixture[
     assert [line.split()[:2] for line in out.splitlines()] == [["kl", "adaptive"], ["kl", "fixed"], ["kl", "none"]]
 
 
+@first_party
 def test_plugins_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = called(capsys, "plugins", "estimator", "--json")
     listed = {c["name"]: c for c in json.loads(out)["components"]}
@@ -124,7 +128,10 @@ def test_broken_and_foreign_plugins_are_told_loudly(capsys: pytest.CaptureFixtur
         f"BROKEN plugin Broken: RuntimeError: no such luck (test_cli.py:{raised(Broken)})",
         "  -> mend what was handed over",
         "IGNORED plugin from-tomorrow: it is written for 'posttrain.v2', another version of the plugin interface",
-        "  -> install from-tomorrow's version for 'posttrain.v1', or uninstall it"]
+        "  -> install from-tomorrow's version for 'posttrain.v1', or uninstall it",
+        "no estimator is installed",
+        "  dr_grpo, gae, grpo, reinforce, rloo: in posttrain-estimators, which is not installed: "
+        "pip install posttrain-estimators"]
     broken = json.loads(called(capsys, "plugins", "--json")[1])
     assert broken["broken"][0]["distribution"] == "Broken" and broken["foreign"][0]["group"] == "posttrain.v2"
 
@@ -139,6 +146,7 @@ def test_nothing_installed_says_so(capsys: pytest.CaptureFixture[str], monkeypat
     assert "no plugin is installed: pip install" in called(capsys, "plugins")[2]
 
 
+@first_party
 def test_show_says_what_each_field_means(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = called(capsys, "show", "estimator", "rloo")
     assert code == 0
@@ -147,6 +155,8 @@ def test_show_says_what_each_field_means(capsys: pytest.CaptureFixture[str]) -> 
         "the preset's default and the attribute's docstring"
 
 
+@first_party
+@pytest.mark.needs("math_verify")
 def test_every_component_can_be_shown_and_has_documented_fields(capsys: pytest.CaptureFixture[str]) -> None:
     found = discover()
     for component in found.components():
@@ -164,11 +174,12 @@ def test_show_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (["plugins", "estimatr"], 2, "'estimatr' is no kind of component; did you mean 'estimator'?  kinds: estimator, "),
-    (["show", "estimator", "grppo"], 2, "estimator 'grppo' not found; did you mean 'grpo' (posttrain-estimators "),
+    pytest.param(["show", "estimator", "grppo"], 2,
+                 "estimator 'grppo' not found; did you mean 'grpo' (posttrain-estimators ", marks=first_party),
     (["show", "recipe", "grppo"], 2, "recipe 'grppo' not found; did you mean 'grpo'?  recipes: "),
     (["config", "gone.yaml"], 2, "cannot read gone.yaml: No such file or directory"),
     (["config", "train.yaml", "stepz=3"], 2, "stepz is not a key; did you mean 'steps'? (command line)"),
-    (["check", "train.yaml", "estimator=gae"], 2, "estimator 'gae' needs 'values'"),
+    pytest.param(["check", "train.yaml", "estimator=gae"], 2, "estimator 'gae' needs 'values'", marks=first_party),
     (["init"], 2, "this file exists and is not overwritten (train.yaml)"),
     (["sample", "nowhere", "1+1="], 2, "nowhere is not a run directory"),
     (["trian"], 2, "No such command 'trian'"), (["train"], 2, "FILE"), (["sample", "runs/x", "a", "-n", "0"], 2, "-n"),
@@ -199,6 +210,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["resume", "runs/x"])
 
 
+@first_party
 def test_config_prints_the_merged_configuration(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     code, out, _ = called(capsys, "config", "train.yaml", "seed=7", "kl=fixed", "kl.coef=0.5")
     assert code == 0 and "seed: 7\n" in out and "kl:\n  use: fixed\n  coef: 0.5\n" in out
@@ -206,6 +218,7 @@ def test_config_prints_the_merged_configuration(capsys: pytest.CaptureFixture[st
     assert called(capsys, "config", "again.yaml")[1] == out
 
 
+@first_party
 def test_check_prints_sizes_parts_files_and_rows(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     code, out, err = called(capsys, "check", "train.yaml", "rollout.group_size=4", "task.held_out_fraction=0.25")
     lines = [line.split() for line in out.splitlines()]
@@ -216,6 +229,7 @@ def test_check_prints_sizes_parts_files_and_rows(capsys: pytest.CaptureFixture[s
     assert ["to", "learn", "from", "75"] in lines and ["held", "out", "25"] in lines
 
 
+@first_party
 def test_check_reports_rows_that_cannot_be_read(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     (folder / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"promt": "1+2="}\n')
     code, _, err = called(capsys, "check", "train.yaml")
@@ -234,6 +248,7 @@ def test_init_writes_what_runs_and_overwrites_nothing(capsys: pytest.CaptureFixt
     assert len(err.splitlines()) == 3, "both files that exist, and what to do"
 
 
+@first_party
 def test_train_eval_sample_and_resume(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     """The scaffold's own configuration for two steps, through every command that has a run."""
     code, out, err = called(capsys, "train", "train.yaml", "steps=2", "run=runs/here", "threads=1", "evaluate.every=0",
@@ -269,3 +284,101 @@ def test_the_public_api_is_imported_on_use() -> None:
 
 def test_recipe_is_no_kind_of_component() -> None:
     assert cli.RECIPE not in KINDS
+
+
+# --- kinds of which nothing is installed ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "environ", "says"), [
+    ("backend", {},
+     ["no backend is installed",
+      "  hf: in posttrain-backends, which is not installed: pip install 'posttrain-backends[hf]'",
+      "  torch: in posttrain-backends, which is not installed: pip install 'posttrain-backends[torch]'"]),
+    ("batching", {"POSTTRAIN_BLOCK": "posttrain-core"},
+     ["left out by POSTTRAIN_BLOCK: posttrain-core", "no batching is installed",
+      "  first_fit: in posttrain-core, which POSTTRAIN_BLOCK leaves out: take it out of there"]),
+    ("searcher", {}, ["no searcher is installed",
+                      "  none is in posttrain's own packages; to see one of yours: posttrain plugins searcher --plugin "
+                      "FILE_OR_MODULE"]),
+])
+def test_a_kind_of_which_nothing_is_installed_says_who_has_some(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, environ: dict[str, str],
+        says: list[str]) -> None:
+    core, = (p for p in metadata.entry_points(group=ENTRY_POINT_GROUP) if p.value == "posttrain.plugin")
+    use(monkeypatch, discover(environ=environ, entry_points=[core]))
+    code, out, err = called(capsys, "plugins", kind)
+    told = err.splitlines()
+    assert (code, out) == (0, "") and told[:len(says)] == says
+    assert called(capsys, "plugins", kind, "--json")[2] == "", "for programs, an empty list says it"
+    assert "no tracker" not in called(capsys, "plugins", "tracker")[2] or environ
+
+
+# --- plugins that are named, not installed ----------------------------------------------------------------------------
+
+IN_A_FILE = '''
+from dataclasses import dataclass
+from enum import Enum
+from posttrain.hookspecs import Component, hookimpl
+
+class Mode(Enum):
+    MEAN = "mean"
+    SUM = "sum"
+
+@dataclass(frozen=True)
+class Mine:
+    """All of it."""
+    rate: float = 0.5
+    """How much."""
+    mode: Mode = Mode.SUM
+    """Of the values."""
+    tags: frozenset[str] = frozenset({"b", "a"})
+    """Which."""
+
+@hookimpl
+def components():
+    yield Component("estimator", "mine", __name__ + ":Mine", "my own")
+'''
+
+
+def test_plugins_and_show_see_what_an_option_names(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(IN_A_FILE)
+    assert not any(line.split()[1] == "mine" for line in called(capsys, "plugins", "estimator")[1].splitlines())
+    both = ("--plugin", "./mine.py", "--plugin", "posttrain.toy")
+    code, out, err = called(capsys, "plugins", "estimator", *both)
+    listed = {line.split()[1]: line.split()[2] for line in out.splitlines()}
+    assert (code, err) == (0, "")
+    assert listed["mine"] == str(tmp_path / "mine.py") and listed["toy"] == "posttrain.toy"
+    found = json.loads(called(capsys, "plugins", "estimator", "--json", *both)[1])["components"]
+    assert {"mine", "toy"} <= {c["name"] for c in found}
+    code, out, err = called(capsys, "show", "estimator", "mine", *both)
+    assert (code, err) == (0, "") and "  rate: float = 0.5\n      How much.\n" in out
+    assert "Mode, one of 'mean', 'sum' = 'sum'\n" in out and "  tags: frozenset[str] = frozenset({'a', 'b'})\n" in out
+
+
+@first_party
+def test_the_option_has_the_rules_of_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "broken_module.py").write_text("\n1 / 0\n")
+    names = ["gone.py", "broken.py", "no.such.module", "broken_module", "json"]
+    (tmp_path / "train.yaml").write_text(f"plugins: [{', '.join(names)}]\n")
+    says = [f"no such file: {tmp_path / 'gone.py'}",
+            "no.such.module is neither a file that ends in .py nor a module that can be imported: No module named 'no'",
+            "broken_module cannot be imported: ZeroDivisionError: division by zero (broken_module.py:2)",
+            f"{tmp_path / 'broken.py'}: ZeroDivisionError: division by zero (broken.py:1)",
+            "json: TypeError: implements no hook; mark its functions with @posttrain.hookspecs.hookimpl"]
+    options = [word for name in names for word in ("--plugin", name)]
+    for command in (["plugins"], ["show", "estimator", "gae"]):
+        code, out, err = called(capsys, *command, *options)
+        assert (code, out) == (2, "") and err.splitlines() == [f"--plugin {text}" for text in says]
+    code, _, err = called(capsys, "check", "train.yaml")
+    assert code == 2 and [line.removesuffix(" (train.yaml:1)") for line in err.splitlines()[1:]] == [
+        f"  plugins: {text}" for text in says]
+
+
+def test_an_installed_plugin_may_be_named_too(capsys: pytest.CaptureFixture[str]) -> None:
+    before = called(capsys, "plugins")
+    assert called(capsys, "plugins", "--plugin", "posttrain.plugin") == before == (0, before[1], "")

@@ -6,19 +6,44 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field
+from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from needed import first_party
 from omegaconf import OmegaConf
 from posttrain.config import Loaded, RewardEntry, derived, load, to_yaml
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError, PluginError, PosttrainError, Problem
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.recipes import RECIPES
 from posttrain.registry import Registry, discover
 from posttrain.schema import Settings
+
+
+class Mode(Enum):
+    """Members with values that YAML holds, and one with a value that it does not."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    NEITHER = (0, 0)
+
+
+class Word(StrEnum):
+    """A member whose name is another's value: the value counts."""
+
+    a = "b"
+    b = "c"
+    ON = "on"
+
+
+class Level(IntEnum):
+    """Numbers."""
+
+    LOW = 0
+    HIGH = 1
 
 
 @dataclass(frozen=True)
@@ -49,10 +74,30 @@ class Typed:
     anything: Any = None
     function: Callable[[int], int] | None = None
     limit: float = 1.0
+    mode: Mode = Mode.MEAN
+    maybe_mode: Mode | None = None
+    modes: tuple[Mode, ...] = ()
+    word: Word = Word.ON
+    level: Level = Level.LOW
+    by_mode: Mapping[Mode, float] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+    numbers: set[int] = field(default_factory=set)
+    pairs: frozenset[tuple[int, int]] = frozenset()
+    few: Set[Mode] = frozenset()
+    lists: frozenset[Any] = frozenset()
+    refuses: str = ""
 
     def __post_init__(self) -> None:
+        if self.refuses:
+            raise REFUSALS[self.refuses]
         if self.limit <= 0:
             raise ValueError(f"limit must be positive, got {self.limit}")
+
+
+REFUSALS: Mapping[str, PosttrainError] = {
+    "config": ConfigError(["limit and refuses do not go together"]), "plugin": PluginError(["nothing of that name"]),
+    "data": DataError([Problem("no number", "rows.txt:3"), "no rows"], "the rows are wrong:", "mend them")}
+"""What components may raise in `__post_init__` beside `ValueError`."""
 
 
 class Plugin:
@@ -106,6 +151,7 @@ def problems(registry: Registry, text: str, *overrides: str) -> list[str]:
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
+@first_party
 def test_an_empty_file_is_the_schemas_defaults(folder: Path, registry: Registry) -> None:
     loaded = given(registry, "")
     elsewhere = ("trackers", "rollout", "value_objective")
@@ -117,11 +163,18 @@ def test_an_empty_file_is_the_schemas_defaults(folder: Path, registry: Registry)
     assert (loaded.base, loaded.name) == (folder, "train")
 
 
+@first_party
 @pytest.mark.parametrize(("written", "name", "value"), [
     ("1e-6", "number", 1e-6), ("3", "number", 3.0), ("1E5", "whole", 100_000), ("-7", "whole", -7),
     ("true", "flag", True), ("'7'", "text", "7"), ("2026-01-02", "text", "2026-01-02"), ("'on'", "choice", "on"),
     ("[a, b]", "several", ("a", "b")), ("[]", "several", ()), ("[1, 2]", "pair", (1.0, 2)), ("null", "maybe", None),
     ("3", "maybe", 3), ("auto", "either", "auto"), ("2", "either", 2.0), ("{a: 1}", "table", {"a": 1.0}),
+    ("mean", "mode", Mode.MEAN), ("SUM", "mode", Mode.SUM), ("NEITHER", "mode", Mode.NEITHER),
+    ("null", "maybe_mode", None), ("sum", "maybe_mode", Mode.SUM), ("[mean, SUM]", "modes", (Mode.MEAN, Mode.SUM)),
+    ("b", "word", Word.a), ("c", "word", Word.b), ("a", "word", Word.a), ("'on'", "word", Word.ON),
+    ("1", "level", Level.HIGH), ("HIGH", "level", Level.HIGH), ("{sum: 2}", "by_mode", {Mode.SUM: 2.0}),
+    ("[a, b, a]", "tags", frozenset("ab")), ("[]", "tags", frozenset()), ("[2, 1]", "numbers", {1, 2}),
+    ("[[1, 2]]", "pairs", frozenset({(1, 2)})), ("[mean]", "few", frozenset({Mode.MEAN})),
     ("[1, 2]", "items", [1, 2]), ("{rate: 1, names: [x]}", "inner", Inner(1.0, ("x",))), ("[1, {a: b}]", "anything",
                                                                                          [1, {"a": "b"}]),
 ])
@@ -131,6 +184,7 @@ def test_values_become_what_the_annotation_asks(folder: Path, registry: Registry
     assert made == value and type(made) is type(value)
 
 
+@first_party
 @pytest.mark.parametrize(("written", "name", "message"), [
     ("high", "number", "must be a number, got 'high'"), ("true", "number", "must be a number, got True"),
     ("1.5", "whole", "must be a whole number, got 1.5"), ("'3'", "whole", "must be a whole number, got '3'"),
@@ -142,12 +196,22 @@ def test_values_become_what_the_annotation_asks(folder: Path, registry: Registry
     ("[1]", "pair", "must be a list of 2 values, got [1]"), ("x", "maybe", "must be a whole number or null, got 'x'"),
     ("x", "either", "must be a number or one of 'auto', got 'x'"), ("[1]", "table", "must be a map, got [1]"),
     ("3", "inner", "must be a block of keys, got 3"),
+    ("men", "mode", "must be one of 'mean', 'sum', 'NEITHER', got 'men'; did you mean 'mean'?"),
+    ("[0, 0]", "mode", "must be one of 'mean', 'sum', 'NEITHER', got [0, 0]"),
+    ("suum", "maybe_mode", "must be one of 'mean', 'sum', 'NEITHER' or null, got 'suum'; did you mean 'sum'?"),
+    ("[mean, x]", "modes", "must be one of 'mean', 'sum', 'NEITHER', got 'x'"),
+    ("on", "word", "must be one of 'b', 'c', 'on', got True; YAML reads on, off, yes and no as true and false: quote "
+                   "the word"),
+    ("true", "level", "must be one of 0, 1, got True"), ("2", "level", "must be one of 0, 1, got 2"),
+    ("abc", "tags", "must be a list, got 'abc'"), ("[1]", "tags", "must be text, got 1"),
+    ("{a: 1}", "tags", "must be a list, got {'a': 1}"), ("[[1]]", "lists", "must be a list, got [[1]]"),
 ])
 def test_values_of_a_wrong_type(folder: Path, registry: Registry, written: str, name: str, message: str) -> None:
     text = f"steps: 3\nestimator:\n  use: typed\n  {name}: {written}\n"
     assert problems(registry, text) == [f"estimator.{name} {message} (train.yaml:4)"]
 
 
+@first_party
 def test_a_problem_deep_inside_names_the_whole_key(folder: Path, registry: Registry) -> None:
     text = "estimator:\n  use: typed\n  inner:\n    rte: 1\n  table: {a: x}\ncritic_optimizer:\n  lr: fast\n  lrr: 2\n"
     assert problems(registry, text) == [
@@ -185,6 +249,7 @@ run: ${oc.env:NO_SUCH_VARIABLE}
 """
 
 
+@first_party
 def test_every_problem_is_told_at_once_with_its_line(folder: Path, registry: Registry) -> None:
     found = problems(registry, WRONG, "rollout.top_k=many", "nonsense")
     assert found == [
@@ -211,6 +276,7 @@ def test_every_problem_is_told_at_once_with_its_line(folder: Path, registry: Reg
         "rollout.top_k must be a whole number, got 'many' (command line)"]
 
 
+@first_party
 def test_the_whole_report_is_one_text(folder: Path, registry: Registry) -> None:
     with pytest.raises(ConfigError) as error:
         given(registry, "estimator: {use: gae, lamb: 1, gama: 1}")
@@ -222,6 +288,7 @@ def test_the_whole_report_is_one_text(folder: Path, registry: Registry) -> None:
         given(registry, "estimator: gae", "estimator.lamb=1")
 
 
+@first_party
 @pytest.mark.parametrize(("text", "message"), [
     ("zzz: 1", "zzz is not a key; known: steps, loop, seed, "),
     ("recipie: grpo", "did you mean 'recipe'? (train.yaml:1)"),
@@ -263,6 +330,7 @@ def test_a_file_that_cannot_be_read(folder: Path, registry: Registry) -> None:
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
+@first_party
 def test_layers_from_low_to_high(folder: Path, registry: Registry) -> None:
     """Field defaults < preset < recipe < extends < file < command line, each seen where the next says nothing."""
     assert given(registry, "estimator: preset").settings.estimator == Typed(number=0.5, whole=7)
@@ -277,6 +345,7 @@ def test_layers_from_low_to_high(folder: Path, registry: Registry) -> None:
     assert given(registry, "extends: base.yaml", "recipe=rloo").components["objective"].name == "reinforce"
 
 
+@first_party
 def test_naming_a_component_drops_the_old_ones_fields(folder: Path, registry: Registry) -> None:
     lam = given(registry, "estimator: gae", "estimator.lam=0.5").settings.estimator
     assert lam.lam == 0.5, "a field over a bare name"
@@ -291,6 +360,7 @@ def test_naming_a_component_drops_the_old_ones_fields(folder: Path, registry: Re
     assert given(registry, "rollout:\n  engine: {slots: 3}").settings.rollout.engine.slots == 3, "over the default"
 
 
+@first_party
 def test_named_maps_are_merged_and_null_takes_away(folder: Path, registry: Registry) -> None:
     (folder / "base.yaml").write_text("rewards: {a: {use: exact_match, weight: 2}, b: length}\nrollout: {top_k: 3}\n")
     loaded = given(registry, "extends: base.yaml\nrewards:\n  b: null\n  c: {file: rewards.py:correct}\nrollout:\n"
@@ -301,6 +371,7 @@ def test_named_maps_are_merged_and_null_takes_away(folder: Path, registry: Regis
     assert given(registry, "extends: base.yaml\nrewards: null\ntrackers: null").settings.rewards == {}
 
 
+@first_party
 def test_none_and_policy_are_kept_as_such(folder: Path, registry: Registry) -> None:
     settings = given(registry, "critic: policy\nreference: none\ncorrection: none\nkl: null\n").settings
     assert (settings.critic, settings.reference, settings.correction) == ("policy", None, None)
@@ -309,6 +380,7 @@ def test_none_and_policy_are_kept_as_such(folder: Path, registry: Registry) -> N
     assert given(registry, "critic: policy", "critic=none").settings.critic is None
 
 
+@first_party
 def test_interpolation_and_anchors(folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN_NAME", "mine")
     loaded = given(registry, "steps: 7\nrun: runs/${oc.env:RUN_NAME}\nbatch_size: ${steps}\nrollout: &r {top_k: 2}\n"
@@ -320,6 +392,7 @@ def test_interpolation_and_anchors(folder: Path, registry: Registry, monkeypatch
 
 # --- user code and paths ----------------------------------------------------------------------------------------------
 
+@first_party
 def test_paths_are_relative_to_the_file_that_says_them(folder: Path, registry: Registry) -> None:
     other = folder / "shared"
     other.mkdir()
@@ -338,12 +411,14 @@ def test_paths_are_relative_to_the_file_that_says_them(folder: Path, registry: R
     assert all(len(digest) == 64 for digest in loaded.files.values())
 
 
+@first_party
 def test_a_broken_plugin_file_is_a_problem_of_the_configuration(folder: Path, registry: Registry) -> None:
     (folder / "p.py").write_text("1 / 0\n")
     found = problems(registry, "plugins: [p.py]\nsteps: x")
     assert len(found) == 2 and found[0].startswith(f"plugins: {folder / 'p.py'}: ZeroDivisionError")
 
 
+@first_party
 def test_rewards_and_tasks_from_a_python_file(folder: Path, registry: Registry) -> None:
     text = ("rewards:\n  a: {file: rewards.py:correct, weight: 2}\n  b: {file: rewards.py:scaled, by: 0.25}\n"
             "task: {file: rewards.py:rows, n: 3}\n")
@@ -358,6 +433,7 @@ def test_rewards_and_tasks_from_a_python_file(folder: Path, registry: Registry) 
                                                             "(train.yaml:1)"]
 
 
+@first_party
 def test_a_field_called_file_belongs_to_its_component(folder: Path, registry: Registry) -> None:
     (folder / "model.py").write_text("def build(): ...\n")
     loaded = given(registry, "estimator: {use: typed, file: 'model.py:build', limit: 2}", "estimator.number=3")
@@ -366,6 +442,7 @@ def test_a_field_called_file_belongs_to_its_component(folder: Path, registry: Re
     assert given(registry, "estimator: {use: typed, limit: 2}", "estimator.file=model.py").settings.estimator.limit == 2
 
 
+@first_party
 def test_a_dict_from_python(folder: Path, registry: Registry) -> None:
     def mine(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         return [0.5]
@@ -386,6 +463,7 @@ def test_a_dict_from_python(folder: Path, registry: Registry) -> None:
     assert (split.rows, split.held_out_rows, split.limit) == (tuple(rows), ({"prompt": "a"},), 1)
 
 
+@first_party
 def test_problems_of_a_dict_name_its_keys(folder: Path, registry: Registry) -> None:
     with pytest.raises(ConfigError) as error:
         load({"rollout": {"group_sise": 3}, "estimator": {"use": Typed(), "number": 3}}, ["kl=zzz"], registry)
@@ -395,6 +473,7 @@ def test_problems_of_a_dict_name_its_keys(folder: Path, registry: Registry) -> N
 
 # --- what is written, and what follows --------------------------------------------------------------------------------
 
+@first_party
 def test_running_the_written_file_repeats_the_run(folder: Path, registry: Registry) -> None:
     loaded = given(registry, "recipe: dr_grpo\nseed: 3\ntask: {use: rows, path: data.jsonl}\nrollout: {stop: ['on', "
                              "'1e-6', 'null']}\nrewards: {a: {file: rewards.py:scaled, by: 0.5, weight: 2}}\n"
@@ -414,6 +493,7 @@ def test_running_the_written_file_repeats_the_run(folder: Path, registry: Regist
     assert changed.settings.objective.length == 5, "what refers to another key still does"
 
 
+@first_party
 def test_literal_secrets_of_trackers_are_not_written(folder: Path, registry: Registry) -> None:
     text = to_yaml(given(registry, "trackers: {r: {use: remote, api_key: hunter2, url: 'http://x'}}\n"
                                    "task: {use: rows, path: data.jsonl, prompt_key: prompt}"))
@@ -421,6 +501,7 @@ def test_literal_secrets_of_trackers_are_not_written(folder: Path, registry: Reg
     assert "prompt_key: prompt" in text, "only trackers have secrets"
 
 
+@first_party
 def test_the_tree_holds_names_and_no_values_of_interpolations(folder: Path, registry: Registry) -> None:
     loaded = given(registry, "recipe: dr_grpo")
     raw = OmegaConf.to_container(loaded.tree)
@@ -428,6 +509,7 @@ def test_the_tree_holds_names_and_no_values_of_interpolations(folder: Path, regi
     assert loaded.settings.objective.length == 64
 
 
+@first_party
 def test_derived_sizes(folder: Path, registry: Registry) -> None:
     rows = dict(derived(given(registry, "steps: 10\nrollout: {prompts_per_step: 5, group_size: 3, max_new_tokens: 7}\n"
                                         "update: {steps_per_rollout: 4, epochs: 2}").settings))
@@ -439,6 +521,7 @@ def test_derived_sizes(folder: Path, registry: Registry) -> None:
     assert rows == {"episodes per optimiser step": "200", "optimiser steps in all": "10", "episodes in all": "2,000"}
 
 
+@first_party
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_whole(folder: Path, registry: Registry, recipe: str) -> None:
     loaded = given(registry, f"recipe: {recipe}\ntask: {{use: rows, path: data.jsonl}}\nrewards: {{a: exact_match}}")
@@ -450,6 +533,7 @@ def test_every_recipe_is_whole(folder: Path, registry: Registry, recipe: str) ->
     assert RECIPES[recipe].summary and RECIPES[recipe].source
 
 
+@first_party
 def test_a_configuration_is_checked_quickly_and_without_a_framework(folder: Path) -> None:
     (folder / "train.yaml").write_text(WRONG)
     code = ("import sys; from pathlib import Path; from posttrain import config, registry\n"
@@ -463,3 +547,55 @@ def test_a_configuration_is_checked_quickly_and_without_a_framework(folder: Path
     n, seconds, heavy = json.loads(done.stdout)
     assert n == 15 and heavy == []
     assert seconds < 2.0, f"{seconds} s of CPU ({time.monotonic() - start} s on the clock)"
+
+
+# --- sets and enums beyond YAML, and what components refuse by other errors -------------------------------------------
+
+def test_sets_and_enums_from_python_are_written_so_that_the_file_repeats_it(folder: Path, registry: Registry) -> None:
+    given_ = {"use": "typed", "mode": Mode.SUM, "word": Word.a, "level": Level.HIGH, "tags": {"b", "a"}, "numbers": {3}}
+    toy = {"plugins": ["posttrain.toy"], "policy": "toy", "objective": "toy", "kl": "none", "tokenizer": "bytes",
+           "rollout": {"engine": "toy"}}
+    first = load({**toy, "estimator": given_}, [], registry)
+    again = given(registry, to_yaml(first)).settings.estimator
+    assert again == first.settings.estimator
+    assert (again.mode, again.word, again.level, again.tags) == (Mode.SUM, Word.a, Level.HIGH, frozenset("ab"))
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("config", "estimator: limit and refuses do not go together (train.yaml:4)"),
+    ("plugin", "estimator: nothing of that name (train.yaml:2)"),
+    ("data", "estimator: the rows are wrong:\n  no number (rows.txt:3)\n  no rows\nmend them (train.yaml:2)")])
+def test_what_a_component_refuses_by_an_error_for_users_keeps_its_text_and_has_its_line(
+        folder: Path, registry: Registry, name: str, says: str) -> None:
+    text = f"steps: 1\nestimator:\n  use: typed\n  refuses: {name}\nplugins: [posttrain.toy]\npolicy: toy\nkl: none\n" \
+           "objective: toy\ntokenizer: bytes\nrollout: {engine: toy}\nstepz: 1\n"
+    assert problems(registry, text) == [says, "stepz is not a key; did you mean 'steps'? (train.yaml:11)"]
+
+
+def test_a_task_in_a_file_that_refuses_by_an_error_for_users_keeps_its_text(folder: Path, registry: Registry) -> None:
+    (folder / "task.py").write_text("from posttrain.errors import DataError, Problem\ndef rows():\n"
+                                    "    raise DataError([Problem('no number', 'rows.txt:3')])\n")
+    text = "plugins: [posttrain.toy]\npolicy: toy\nkl: none\nobjective: toy\ntokenizer: bytes\nestimator: toy\n" \
+           "rollout: {engine: toy}\ntask: {file: task.py:rows}\n"
+    assert problems(registry, text) == ["task.file: no number (rows.txt:3) (train.yaml:8)"]
+
+
+class Fieldless:
+    """No dataclass, and never made."""
+
+    def __init__(self) -> None:
+        raise ConfigError(["not on this machine"])
+
+
+class OfFieldless:
+    """Declares it."""
+
+    @hookimpl
+    def components(self) -> list[Component]:
+        return [Component("estimator", "fieldless", f"{__name__}:Fieldless", "cannot be made")]
+
+
+def test_a_class_without_fields_that_refuses_has_its_line(folder: Path, registry: Registry) -> None:
+    text = "plugins: [posttrain.toy]\npolicy: toy\nkl: none\nobjective: toy\ntokenizer: bytes\n" \
+           "rollout: {engine: toy}\nestimator: fieldless\n"
+    assert problems(registry.extended([OfFieldless()]), text) == ["estimator: not on this machine (train.yaml:7)"]

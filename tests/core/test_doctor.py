@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from distributions import install
-from posttrain import cli, doctor
+from needed import first_party
+from posttrain import catalogue, cli, doctor
 from posttrain.doctor import Finding
-from posttrain.hookspecs import Component, hookimpl
-from posttrain.registry import discover
+from posttrain.hookspecs import ENTRY_POINT_GROUP, Component, hookimpl
+from posttrain.registry import discover, import_file
 
 SAME = {name: "0.1.0" for name in doctor.PACKAGES}
 
@@ -42,6 +44,7 @@ def only(findings: list[Finding], status: str) -> list[Finding]:
     return [f for f in findings if f.status == status]
 
 
+@first_party
 def test_this_environment_is_sound_and_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -83,6 +86,7 @@ def test_optional_libraries_name_the_extra_and_an_old_one_is_broken() -> None:
     assert not only(list(doctor.libraries(offered, new)), "broken")
 
 
+@first_party
 def test_extras_are_those_of_the_metadata() -> None:
     offered = doctor.extras(installed(SAME))
     assert ("posttrain-backends[torch]", "2.11") in offered["torch"]
@@ -172,6 +176,7 @@ def reward(prompts, completions, **columns): return [0.0] * len(prompts)
     assert found["reward 'silent' (careless)"].value == "has no summary"
 
 
+@first_party
 def test_what_is_known_and_not_installed_is_listed() -> None:
     bare = discover(environ={}, entry_points=())
     found = {f.name: f for f in doctor.not_installed(bare)}
@@ -192,3 +197,22 @@ def test_with_core_alone_it_says_what_is_missing() -> None:
     found = doctor.examine(registry, installed({"posttrain-core": "0.1.0"}))
     assert not doctor.is_broken(found)
     assert any(f.section == "devices" and f.value == "not installed" for f in found)
+
+
+def test_with_core_alone_nothing_alarms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is optional and not there is no fault, also after plugins in files were imported."""
+    (tmp_path / "p.py").write_text("from posttrain.hookspecs import Component, hookimpl\n@hookimpl\ndef components():\n"
+                                   "    yield Component('reward', 'mine', 'p:mine', 'one for all')\n"
+                                   "def mine(prompts, completions, **columns): return [1.0] * len(prompts)\n")
+    import_file(tmp_path / "p.py")
+    core, = (p for p in metadata.entry_points(group=ENTRY_POINT_GROUP) if p.value == "posttrain.plugin")
+    alone = discover([tmp_path / "p.py"], environ={}, entry_points=[core])
+    monkeypatch.setattr(catalogue, "_installed", lambda project: project in ("posttrain-core", "numpy"))
+    without = {fault.component: fault for fault in catalogue.faults(alone)}
+    assert {fault.status for fault in without.values()} == {"ok"} and "tracker 'wandb'" in without
+    assert without["tracker 'wandb'"].remedy == "pip install 'posttrain-core[wandb]'"
+    answer = {"number": len(alone.components()), "seconds": 0.1, "faults": [asdict(f) for f in without.values()]}
+    monkeypatch.setattr(doctor, "ask", lambda python, code: (answer, ""))  # as the other process there says
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = doctor.examine(alone, installed({"posttrain-core": "0.1.0"}))
+    assert [f for f in found if f.status != "ok"] == [] and len(found) > 30

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import keyword
+import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import posttrain
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from posttrain import authoring, cli, scaffold
+from posttrain import authoring, cli, scaffold, tasks
 from posttrain.authoring import OFFERS, Names, core_requirement, texts
 from posttrain.config import load
 from posttrain.errors import InputError
 from posttrain.hookspecs import ENTRY_POINT_GROUP
 from posttrain.registry import Registry, discover, import_file
+from posttrain.tasks import source
 from posttrain.testing import ComponentContract, failures
 
 KINDS = tuple(OFFERS)
@@ -195,3 +200,65 @@ def test_init_writes_three_files_and_overwrites_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"(?s)data\.jsonl.*train\.yaml"):
         scaffold.write(tmp_path)
     assert not (tmp_path / "rewards.py").exists()
+
+
+# ---- what they import is public
+
+
+PUBLIC = ("data", "errors", "hookspecs", "ops", "protocols", "testing")
+"""Modules of core of which every name without an underscore is for authors; of others, what `__all__` lists."""
+
+ROOT = Path(__file__).parents[2]
+SHOWN = {**{f"{kind}: {path}": text for kind in KINDS for path, text in texts(kind, "any_thing").items()
+            if path.endswith(".py")},
+         **{str(path.relative_to(ROOT)): path.read_text("utf-8") for path in (ROOT / "examples").rglob("*.py")},
+         **{f"{page.name}, block {i}": block for page in (ROOT / "docs" / "plugins").glob("*.md")
+            for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))}}
+"""Python that authors copy from: templates, examples and the guide."""
+
+
+def imported(text: str) -> Iterator[tuple[str, str]]:
+    """Module and name of each import of core; the doctests' too."""
+    doctests = "\n".join(e.source for e in doctest.DocTestParser().get_examples(text))
+    for node in (*ast.walk(ast.parse(text)), *ast.walk(ast.parse(doctests))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "posttrain":
+            yield from ((str(node.module), alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.startswith("posttrain."))
+
+
+def private(module: str, name: str) -> bool:
+    """Whether an import is of what is in no public list."""
+    parts = module.split(".")
+    if any(part.startswith("_") for part in (*parts, name)):
+        return True
+    if parts[1:2] and parts[1] in PUBLIC:
+        return False
+    return name not in getattr(import_module(module), "__all__", ())
+
+
+@pytest.mark.parametrize("place", SHOWN)
+def test_what_authors_copy_from_imports_what_is_public(place: str) -> None:
+    assert [f"{module}: {name}" for module, name in imported(SHOWN[place]) if private(module, name)] == []
+
+
+def test_the_check_of_imports_sees_what_is_private() -> None:
+    """And all kinds of imports, of which there are many."""
+    found = set(imported("from posttrain.tasks.source import load\nimport posttrain.loss\ndef f():\n"
+                         '    """\n    >>> from posttrain.tokenizers import BOS\n    """\n'
+                         "    from posttrain.ops import _x\n"))
+    assert found == {("posttrain.tasks.source", "load"), ("posttrain.loss", ""), ("posttrain.tokenizers", "BOS"),
+                     ("posttrain.ops", "_x")} and all(private(*one) for one in found)
+    assert not private("posttrain.tasks", "load") and not private("posttrain", "train")
+    assert sum(len(list(imported(text))) for text in SHOWN.values()) > 100
+
+
+def test_public_lists_hold_what_is_there_and_the_tasks_list_imports_nothing_heavy() -> None:
+    for module in {module for text in SHOWN.values() for module, _ in imported(text)}:
+        there = import_module(module)
+        assert all(hasattr(there, name) for name in getattr(there, "__all__", ())), module
+    assert set(tasks.__all__) <= set(dir(tasks)) and tasks.load is source.load
+    with pytest.raises(AttributeError, match="module 'posttrain.tasks' has no attribute 'laod'"):
+        _ = tasks.laod  # a name that is not there
+    code = "import sys, posttrain.tasks; print({'numpy', 'posttrain.tasks.source', 'pyarrow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from needed import first_party
 from posttrain import cli, following, progress, scaffold
 from posttrain.following import Follower, Lines
 from posttrain.progress import Activity, doing, shown
@@ -122,6 +123,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@first_party
 @pytest.mark.usefixtures("eager")
 def test_check_says_what_it_reads_and_stays_quiet_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", str(folder / "train.yaml")]) == 0

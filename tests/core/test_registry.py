@@ -14,6 +14,7 @@ from typing import Any
 import posttrain
 import pytest
 from distributions import install
+from needed import first_party
 from posttrain.errors import ConfigError, PluginError
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.known import INDEX, known
@@ -233,6 +234,7 @@ def test_a_plugin_that_cannot_be_in_a_set_breaks_no_other() -> None:
     assert registry.names("kl") == ("a",)
 
 
+@first_party
 def test_the_environment_holds_for_cores_own_components_too() -> None:
     without = discover(environ={"POSTTRAIN_BLOCK": "posttrain-core"})
     assert without.names("tokenizer") == ("hf",) and without.names("estimator")
@@ -290,11 +292,14 @@ def test_a_package_that_is_there_without_the_component_says_why(site: Path) -> N
         assert message(error).partition(", ")[2] == says
 
 
+@first_party
+@pytest.mark.needs("posttrain_tuning")
 def test_the_index_of_known_components_is_fresh() -> None:
     tool = import_file(Path(__file__).parents[2] / "tools" / "known_components.py")
     assert tool.index() == INDEX.read_text("utf-8"), "run: python tools/known_components.py"
 
 
+@first_party
 def test_every_extra_that_a_component_names_is_one_of_its_distribution() -> None:
     for component in known():
         offered = metadata.metadata(component.distribution).get_all("Provides-Extra") or []
@@ -481,6 +486,8 @@ def test_every_observer_is_told_though_one_raises() -> None:
     assert registry.hooks.run_started(None) == registry.hooks.run_finished(None, None) == ()
 
 
+@first_party
+@pytest.mark.needs("math_verify")
 def test_the_first_party_plugins_are_whole() -> None:
     registry = posttrain.discover()
     assert registry.broken == () and registry.foreign == ()
@@ -490,9 +497,72 @@ def test_the_first_party_plugins_are_whole() -> None:
         assert callable(registry.load(component)), component
 
 
+@first_party
 def test_listing_imports_no_framework_and_no_component() -> None:
     code = ("import sys; from posttrain.registry import discover; r = discover(); assert r.components('estimator');"
             "heavy = {'torch', 'jax', 'scipy', 'typer', 'rich', 'omegaconf', 'tokenizers', 'posttrain.tokenizers',"
             "'posttrain_estimators.baselines', 'posttrain_backends.torch_native'} & set(sys.modules);"
             "assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- several interfaces, and metadata that cannot be read -------------------------------------------------------------
+
+def test_a_distribution_of_several_interfaces_is_used_by_its_part_for_this_one(site: Path) -> None:
+    """Only one without an entry point of this version is told to be of another."""
+    install(site, "of-both", plugin_source("a"))
+    points = site / "of_both-0.1.0.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "[posttrain.v2]\nnew = no_such_module\nnewer = no_such_module\n")
+    install(site, "of-tomorrow", "raise AssertionError('imported')", group="posttrain.v2")
+    later = site / "of_tomorrow-0.1.0.dist-info" / "entry_points.txt"
+    later.write_text(later.read_text() + "second = of_tomorrow_under_test\n")
+    registry = found_in(site)
+    assert registry.names("estimator") == ("a",) and registry.broken == ()
+    assert registry.foreign == (Foreign("of-tomorrow", "posttrain.v2"),), "once, and it alone"
+    assert found_in(site, {"POSTTRAIN_PLUGINS": "of-tomorrow"}).foreign == registry.foreign
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"[posttrain.v1]\nthis is no entry point\n", "TypeError"),
+    (b"[posttrain.v1]\n\xff\xfe = x\n", "UnicodeDecodeError"),
+])
+def test_entry_points_that_cannot_be_read_break_their_distribution_alone(site: Path, content: bytes,
+                                                                         reason: str) -> None:
+    install(site, "half-written", "")
+    (site / "half_written-0.1.0.dist-info" / "entry_points.txt").write_bytes(content)
+    install(site, "b-whole", plugin_source("whole"))
+    registry = discover(environ={})
+    broken, = registry.broken
+    assert broken.distribution == "half-written"
+    assert broken.error.startswith(f"its entry_points.txt cannot be read: {reason}: ")
+    assert broken.remedy == "install it anew: pip install --force-reinstall --no-deps half-written"
+    assert "whole" in registry.names("estimator") and "jsonl" in registry.names("tracker")
+    named = discover(environ={"POSTTRAIN_PLUGINS": "half-written"})
+    assert [b.error for b in named.broken] == [broken.error], "it is installed"
+
+
+def test_the_first_of_two_distributions_of_one_name_counts_also_where_another_is_half_written(
+        site: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(site, "half-written", "")
+    (site / "half_written-0.1.0.dist-info" / "entry_points.txt").write_text("[posttrain.v1]\nthis is no entry point\n")
+    install(site, "a-plugin", plugin_source("first"), version="2.0")
+    behind = tmp_path_factory.mktemp("behind")
+    install(behind, "a-plugin", plugin_source("second"), version="1.0")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(behind)])
+    registry = discover(environ={})
+    assert [p.version for p in registry.plugins if p.distribution == "a-plugin"] == ["2.0"]
+
+
+def test_metadata_that_cannot_be_read_is_no_reason_to_stop(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("a"))
+    (site / "a_plugin-0.1.0.dist-info" / "METADATA").write_bytes(b"Name: \xff\xfe\n")
+    install(site, "b-plugin", plugin_source("b"))
+    (site / "b_plugin-0.1.0.dist-info" / "METADATA").unlink()
+    assert {"a", "b"} <= set(discover(environ={}).names("estimator"))
+
+
+def test_an_entry_point_that_is_none_is_a_broken_plugin(site: Path) -> None:
+    install(site, "a-plugin", plugin_source("a"))
+    (site / "a_plugin-0.1.0.dist-info" / "entry_points.txt").write_text("[posttrain.v1]\nx = not a module!\n")
+    registry = discover(environ={})
+    assert [b.distribution for b in registry.broken] == ["a-plugin"] and registry.names("tracker")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from needed import first_party
 from posttrain.config import RewardEntry, load
 from posttrain.data import Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PluginError, RewardError
@@ -624,6 +625,7 @@ def test_rows_on_which_a_model_raises_are_found_one_by_one_and_fall_under_its_ru
         scored(rollouts({5: "raise"}), RewardEntry("judge", judge))
 
 
+@first_party
 def test_a_configuration_takes_models_and_refuses_what_is_neither_model_nor_function() -> None:
     judge = Judge([], [])
     given = load({"rewards": {"a": {"use": judge, "weight": 2.0}}}, (), discover())

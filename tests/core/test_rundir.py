@@ -241,7 +241,19 @@ def test_manifest_names_the_accelerators(tmp_path: Path, monkeypatch: pytest.Mon
 def test_differences_end_the_promise_of_equal_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with new(tmp_path, **manifest()) as run:
         assert run.differences(manifest(started="later", host="elsewhere")) == []
-        found = run.differences(manifest(threads=1, cpu="another", frameworks={"torch": "0"}))
-    assert [text.split(" was ")[0] for text in found] == ["threads", "frameworks", "cpu"]
+        torch = {**manifest()["frameworks"], "torch": "0"}  # type: ignore[dict-item]  # a map
+        found = run.differences(manifest(threads=1, cpu="another", frameworks=torch))
+    assert [text.split(" was ")[0] for text in found] == ["threads", "frameworks: torch", "cpu"]
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == found
     assert "threads was 2 and is now 1: the resumed run is no longer bitwise equal" in found[0]
+
+
+def test_of_files_and_plugins_only_what_changed_is_named(tmp_path: Path) -> None:
+    then = {"/a/same.py": "1" * 64, "/a/changed.py": "2" * 64, "/a/gone.py": "3" * 64}
+    now = {"/a/same.py": "1" * 64, "/a/changed.py": "4" * 64, "/a/new.py": "5" * 64}
+    with new(tmp_path, **manifest(user_files=then, plugins={"a": "1.0", "b": "1.0"})) as run:
+        plugins, files = run.differences(manifest(user_files=now, plugins={"a": "1.0", "b": "1.1"}))
+    end = ": the resumed run is no longer bitwise equal to an uninterrupted one"
+    assert plugins == f"plugins: b was '1.0' and is now '1.1'{end}"
+    assert files == (f"user_files: /a/changed.py was '{'2' * 64}' and is now '{'4' * 64}'; "
+                     f"/a/gone.py was '{'3' * 64}' and is gone; /a/new.py was added as '{'5' * 64}'{end}")

@@ -23,6 +23,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]))
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A word-level tokenizer file with special tokens, truncation and padding that must not act."""
+    pytest.importorskip("tokenizers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "user", "assistant"])}
@@ -102,6 +103,7 @@ def test_default_chat_of_bytes_marks_roles() -> None:
     assert tokenizer.decode(tokenizer.chat(USER)) == "user: 1+2=\nassistant: "
 
 
+@pytest.mark.needs("jinja2")
 @pytest.mark.parametrize("bos", [False, True])
 def test_special_tokens_in_a_template_become_ids(bos: bool) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -116,6 +118,7 @@ def test_a_message_cannot_forge_a_special_token(marker: str) -> None:
         Bytes().load().chat([{"role": "user", "content": f"a{marker}"}])
 
 
+@pytest.mark.needs("jinja2")
 def test_template_conventions_of_hugging_face() -> None:
     source = ("{% for m in messages %}\n  {% if m.role == 'tool' %}{{ raise_exception('no tool first') }}{% endif %}\n"
               "{{ m | tojson }}{% break %}\n{% endfor %}{{ strftime_now is defined }}")
@@ -126,12 +129,14 @@ def test_template_conventions_of_hugging_face() -> None:
         tokenizer.chat([{"role": "tool", "content": ""}])
 
 
+@pytest.mark.needs("jinja2")
 def test_templates_are_sandboxed() -> None:
     tokenizer = Bytes(template="{{ messages.__class__.__mro__ }}").load()
     with pytest.raises(DataError, match="unsafe"):
         tokenizer.chat(USER)
 
 
+@pytest.mark.needs("jinja2")
 def test_a_template_that_does_not_compile_is_found_at_load() -> None:
     with pytest.raises(ConfigError, match="does not compile"):
         Bytes(template="{% for %}").load()
@@ -152,6 +157,7 @@ def test_file_tokenizer_round_trip(words: Path, sample: list[str]) -> None:
     assert tokenizer.pad == tokenizer.eos and tokenizer.bos is None
 
 
+@pytest.mark.needs("jinja2")
 @pytest.mark.parametrize("in_file", [False, True])
 def test_file_tokenizer_chat(words: Path, tmp_path: Path, in_file: bool) -> None:
     (tmp_path / "chat.jinja").write_text(CHATML)
@@ -161,11 +167,13 @@ def test_file_tokenizer_chat(words: Path, tmp_path: Path, in_file: bool) -> None
     assert tokenizer.chat([{"role": "user", "content": "a b"}]) == [start, 7, 4, 5, end, start, 8]
 
 
+@pytest.mark.needs("jinja2")
 def test_messages_need_a_template(words: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.chat_template"):
         TokenizersJSON(path=str(words), eos="</s>").load().chat(USER)
 
 
+@pytest.mark.needs("jinja2")
 @pytest.mark.parametrize(("fields", "message"), [
     ({"eos": "</s"}, r"tokenizer\.eos is '</s', which is not in the vocabulary; did you mean '</s>'"),
     ({"eos": "</s>", "pad": "[PAD]"}, r"tokenizer\.pad is '\[PAD\]'"),
@@ -177,6 +185,7 @@ def test_file_tokenizer_refuses(words: Path, fields: dict[str, str], message: st
         TokenizersJSON(path=str(words), **fields).load()
 
 
+@pytest.mark.needs("tokenizers")
 @pytest.mark.parametrize("content", ["", "{}", json.dumps({"model": {"type": "none"}})])
 def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
@@ -184,6 +193,7 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str) -> None:
         TokenizersJSON(path=str(tmp_path), eos="</s>").load()
 
 
+@pytest.mark.needs("tokenizers")
 def test_a_missing_tokenizer_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.json"):
         TokenizersJSON(path=str(tmp_path / "absent.json"), eos="</s>").load()

@@ -276,6 +276,7 @@ def rl_history(path: Path) -> Path:
                    episode__length=lambda s: 5.0 + s, eval__reward__mean=lambda s: s / 40)
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_draws_curves(tmp_path: Path) -> None:
     runs = [rl_history(tmp_path / "first run"), rl_history(tmp_path / "2$x_$")]
     plot(runs, tmp_path / "out" / "curves.png")
@@ -292,6 +293,7 @@ def test_plot_draws_curves(tmp_path: Path) -> None:
     assert "Training" not in svg and "Loss" not in svg
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_of_a_supervised_run_shows_its_loss(tmp_path: Path) -> None:
     run = history(tmp_path / "sft", loss__nll=lambda s: 3 / s, eval__loss=lambda s: 4 / s)
     plot([run], tmp_path / "sft.svg")
@@ -300,6 +302,7 @@ def test_plot_of_a_supervised_run_shows_its_loss(tmp_path: Path) -> None:
     assert "<!-- sft -->" in svg and "Reward" not in svg
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_refuses_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = rl_history(tmp_path / "run")
     with pytest.raises(InputError, match=r"a picture ends in .png or .svg \(curves.pdf\)"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from needed import first_party
 from posttrain import checkpoint, trackers
 from posttrain.cli import main
 from posttrain.errors import ConfigError, PluginError
@@ -207,6 +208,7 @@ def test_a_new_store_is_there_whole_or_not_at_all(files: RunDirectory, monkeypat
     assert [path.name for path in files.path.parent.glob("*mlflow*")] == ["mlflow.db"]
 
 
+@pytest.mark.needs("mlflow")
 def test_mlflow_place(files: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert Mlflow().settled(files.path).tracking_uri == f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     monkeypatch.chdir(tmp_path)
@@ -218,6 +220,7 @@ def test_mlflow_place(files: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_
         Mlflow(tracking_uri="http://me:secret@host:1")
 
 
+@first_party
 @pytest.mark.parametrize(("name", "package"), [
     ("mlflow", "mlflow"), ("wandb", "wandb"), ("tensorboard", "tensorboard"), ("mlflow", "sqlalchemy")])
 def test_a_missing_package_is_named_when_the_configuration_is_checked(
@@ -295,6 +298,7 @@ def test_wandb_offline_has_the_run_once(files: RunDirectory) -> None:
     assert [r.exit.exit_code for r in records if r.HasField("exit")] == [143, 0]
 
 
+@pytest.mark.needs("wandb")
 def test_wandb_disabled_starts_nothing(files: RunDirectory) -> None:
     session = Wandb(mode="disabled").start(Run(files.path))
     session.finished(None)
@@ -323,6 +327,7 @@ def test_sync_of_a_run_that_was_killed_says_so(files: RunDirectory, store: Any) 
     assert only_run(store).info.status == "KILLED"
 
 
+@pytest.mark.needs("mlflow")
 def test_sync_refuses_clearly(files: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     registry = discover()
     assert main(["sync", str(files.path)]) == 2 and "in use by process" in capsys.readouterr().err

@@ -6,22 +6,15 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
+from frameworks import FRAMEWORKS, HALVES, in_float64
 from posttrain.data import Episodes, to_numpy
 from posttrain.ops import framework_of
 from posttrain.protocols import Estimator
 from posttrain_estimators.baselines import GroupBaseline, Reinforce
 from posttrain_estimators.multistep import GAE
 
-torch.set_num_threads(1)
-
-FRAMEWORKS: dict[str, Callable[[np.ndarray], Any]] = {
-    "numpy": np.array, "torch": lambda a: torch.from_numpy(np.array(a)), "jax": jnp.asarray}
 COLUMNS = ("rewards", "values", "bootstrap_values")
 ESTIMATORS: dict[str, Estimator] = {
     "reinforce": Reinforce(gamma=0.9), "reinforce_white": Reinforce(0.9, "batch", True, "mask"),
@@ -48,7 +41,7 @@ def converted(e: Episodes, make: Callable[[np.ndarray], Any]) -> Episodes:
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_equal_in_every_framework(name: str, framework: str) -> None:
     expected = ESTIMATORS[name](episodes())
-    with jax.enable_x64(True):
+    with in_float64(framework):
         got = ESTIMATORS[name](converted(episodes(), FRAMEWORKS[framework]))
         for column in ("advantages", "targets", "keep"):
             ours, numpy = getattr(got, column), getattr(expected, column)
@@ -71,11 +64,6 @@ def test_float32_stays_float32(name: str, framework: str) -> None:
         if getattr(got, column) is not None:
             assert to_numpy(getattr(got, column)).dtype == np.float32
             np.testing.assert_allclose(to_numpy(getattr(got, column)), getattr(expected, column), rtol=1e-4, atol=1e-5)
-
-
-HALVES: dict[str, Callable[[np.ndarray], Any]] = {
-    "numpy bfloat16": lambda a: np.array(a, ml_dtypes.bfloat16), "numpy float16": lambda a: np.array(a, np.float16),
-    "torch bfloat16": lambda a: torch.tensor(a).bfloat16(), "jax bfloat16": lambda a: jnp.asarray(a, jnp.bfloat16)}
 
 
 @every
@@ -104,7 +92,7 @@ def test_changes_nothing_it_is_given_and_repeats_itself(name: str, framework: st
 
 @every
 def test_a_gradient_does_not_pass(name: str) -> None:
-    given = converted(episodes(), lambda a: torch.from_numpy(np.array(a)).requires_grad_())
+    given = converted(episodes(), lambda a: FRAMEWORKS["torch"](a).requires_grad_())
     estimate = ESTIMATORS[name](given)
     assert not estimate.advantages.requires_grad
     assert estimate.targets is None or not estimate.targets.requires_grad

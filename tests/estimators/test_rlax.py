@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from posttrain.data import Episodes
@@ -11,6 +9,9 @@ from posttrain_estimators.baselines import Reinforce
 from posttrain_estimators.multistep import GAE
 
 rlax = pytest.importorskip("rlax", reason="rlax, the independent oracle of returns and advantages, is not installed")
+import jax  # noqa: E402  # which rlax brings
+import jax.numpy as jnp  # noqa: E402
+
 pytestmark = pytest.mark.oracle
 LENGTHS = [1, 7, 4, 4, 7]
 """Few different ones: each is compiled once."""

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -457,3 +458,12 @@ def test_the_readmes_configuration(tmp_path: Path) -> None:
     loaded = config.load(folder / "rl.yaml", [], posttrain.discover())
     compose.check(loaded)
     assert compose.open_task(loaded.settings)[1].rows == 25
+
+
+def test_the_readmes_real_model(tmp_path: Path) -> None:
+    """Its keys are right; the folder it names is any model's."""
+    if missing := [name for name in ("transformers", "peft", "reasoning_gym", "mlflow") if find_spec(name) is None]:
+        pytest.skip(f"{missing} are not installed")
+    (tmp_path / "path" / "to" / "folder").mkdir(parents=True)
+    (tmp_path / "real.yaml").write_text(example("yaml", "path/to/folder"))
+    compose.check(config.load(tmp_path / "real.yaml", [], posttrain.discover()))

@@ -1,4 +1,7 @@
-"""Ragged cases for objectives, and one way to evaluate a loss and its gradient in NumPy, torch and JAX, in float64."""
+"""Ragged cases for objectives, and one way to evaluate a loss and its gradient in NumPy, torch and JAX, in float64.
+
+A test that evaluates in a framework that is not installed is skipped.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
-import torch
+import pytest
 from posttrain.data import Counts, Loss, MicroBatch, TokenOutputs, Weights
 from posttrain.ops import ops_of
 from posttrain.protocols import Objective
-
-torch.set_num_threads(1)
 
 FRAMEWORKS = ("numpy", "torch", "jax")
 COEF = {"value": 0.7, "entropy": 0.3}
@@ -144,6 +144,8 @@ def _numpy(objective: Objective, case: Case, dtype: type) -> Evaluated:
 
 
 def _torch(objective: Objective, case: Case, dtype: type) -> Evaluated:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
     batch = micro_batch(case, lambda x: torch.as_tensor(_cast(x, dtype)))
     leaves = {n: torch.tensor(_cast(x, dtype), requires_grad=True) for n, x in case.outputs.items()}
     loss = objective(ops_of(leaves["logprobs"]), TokenOutputs(**leaves), batch, COEF)
@@ -155,6 +157,7 @@ def _torch(objective: Objective, case: Case, dtype: type) -> Evaluated:
 
 
 def _jax(objective: Objective, case: Case, dtype: type) -> Evaluated:
+    jax = pytest.importorskip("jax")
     with jax.enable_x64(True):
         batch = micro_batch(case, lambda x: jax.numpy.asarray(_cast(x, dtype)))
         leaves = {n: jax.numpy.asarray(_cast(x, dtype)) for n, x in case.outputs.items()}

@@ -1,4 +1,5 @@
-"""Controllers of the KL coefficient: the published rule, bounds, hold rules, and closed loops on known plants."""
+"""KL components: settings, values in every framework; the coefficient's controllers: the published rule, bounds, hold
+rules, and closed loops on known plants."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from posttrain_objectives.kl import AdaptiveKL, FixedKL, KLState
+from frameworks import FRAMEWORKS, in_float64
+from posttrain.loss import NoKL
+from posttrain.ops import ops_of
+from posttrain_objectives.kl import AdaptiveKL, FixedKL, KLState, divergence
 from scipy.optimize import brentq
 
 
@@ -116,3 +120,38 @@ def test_state_survives_json_bit_for_bit() -> None:
 def test_fields_without_meaning_are_refused(component: type, fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         component(**fields)
+
+
+@pytest.mark.parametrize("component", [FixedKL, AdaptiveKL])
+@pytest.mark.parametrize("placement, estimator, message", [
+    ("loss", "k1", "zero.*k2.*placement: reward"),
+    ("reward", "k2", "away from the reference.*k1.*placement: loss"),
+    ("reward", "k3", "away from the reference.*k1.*placement: loss"),
+    ("los", "auto", "did you mean 'loss'"),
+    ("loss", "k4", "auto, k1, k2, k3"),
+])
+def test_misleading_combinations_are_refused_with_a_way_out(component: type, placement: str, estimator: str,
+                                                            message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        component(placement=placement, estimator=estimator)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_estimators_are_equal_in_all_frameworks_and_finite_at_extremes(framework: str) -> None:
+    d = np.array([0.0, 1e-9, -0.3, 2.0, 100.0, -100.0])
+    clamped = np.minimum(d, 20)
+    expected = {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(clamped) - clamped}
+    asarray = FRAMEWORKS[framework]
+    for dtype, rtol in ((np.float64, 1e-13), (np.float32, 1e-5)):
+        with in_float64(framework):
+            logp, logq = asarray(np.zeros(6, dtype)), asarray(d.astype(dtype))
+            for name, value in expected.items():
+                found = np.asarray(divergence(ops_of(logp), name, logp, logq))
+                assert found.dtype == dtype
+                np.testing.assert_allclose(found, value, rtol=rtol, atol=1e-16)
+
+
+def test_no_kl_adds_nothing() -> None:
+    none = NoKL()
+    assert none.placement == "none" and none.update(none.init(), kl=3.0, n=5).coef == 0.0
+    assert not none.divergence(ops_of(np.ones(3)), np.ones(3), np.zeros(3)).any()

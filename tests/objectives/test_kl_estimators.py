@@ -8,20 +8,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import jax
 import numpy as np
 import pytest
-import torch
-from posttrain.loss import NoKL
 from posttrain.ops import ops_of
 from posttrain_objectives.kl import AdaptiveKL, FixedKL, divergence, k1, k2, k3
+
+torch = pytest.importorskip("torch")
 
 V, T = 3, 3
 """Tokens of the vocabulary, and of an episode."""
 SEQUENCES = list(itertools.product(range(V), repeat=T))
 PREFIXES = {p: i for i, p in enumerate(p for n in range(T) for p in itertools.product(range(V), repeat=n))}
-ROWS = torch.tensor([[PREFIXES[y[:t]] for t in range(T)] for y in SEQUENCES])
-ACTIONS = torch.tensor(SEQUENCES)
+ROWS = np.array([[PREFIXES[y[:t]] for t in range(T)] for y in SEQUENCES])
+ACTIONS = np.array(SEQUENCES)
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """log pi [27, T], log pi_ref [27, T] -> per-action divergence [27, T]."""
@@ -141,35 +140,6 @@ def test_k2_and_k3_in_the_reward_push_rare_actions_away_from_the_reference(
     assert cosine(score_gradient(raw(estimator)), exact) == pytest.approx(-1.0)
 
 
-@pytest.mark.parametrize("component", [FixedKL, AdaptiveKL])
-@pytest.mark.parametrize("placement, estimator, message", [
-    ("loss", "k1", "zero.*k2.*placement: reward"),
-    ("reward", "k2", "away from the reference.*k1.*placement: loss"),
-    ("reward", "k3", "away from the reference.*k1.*placement: loss"),
-    ("los", "auto", "did you mean 'loss'"),
-    ("loss", "k4", "auto, k1, k2, k3"),
-])
-def test_misleading_combinations_are_refused_with_a_way_out(component: type, placement: str, estimator: str,
-                                                            message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        component(placement=placement, estimator=estimator)
-
-
-@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
-def test_estimators_are_equal_in_all_frameworks_and_finite_at_extremes(framework: str) -> None:
-    d = np.array([0.0, 1e-9, -0.3, 2.0, 100.0, -100.0])
-    clamped = np.minimum(d, 20)
-    expected = {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(clamped) - clamped}
-    asarray = {"numpy": np.asarray, "torch": torch.as_tensor, "jax": jax.numpy.asarray}[framework]
-    for dtype, rtol in ((np.float64, 1e-13), (np.float32, 1e-5)):
-        with jax.enable_x64(True):
-            logp, logq = asarray(np.zeros(6, dtype)), asarray(d.astype(dtype))
-            for name, value in expected.items():
-                found = np.asarray(divergence(ops_of(logp), name, logp, logq))
-                assert found.dtype == dtype
-                np.testing.assert_allclose(found, value, rtol=rtol, atol=1e-16)
-
-
 def test_half_precision_is_computed_in_float32() -> None:
     logp = torch.tensor([-1.0, -2.0], dtype=torch.bfloat16)
     found = divergence(ops_of(logp), "k3", logp, torch.tensor([-1.001, -2.5]))
@@ -183,9 +153,3 @@ def test_k3_gradient_vanishes_above_its_clamp_alone() -> None:
     logq = torch.tensor([-1.0, -1.5, -90.0], dtype=torch.float64)
     divergence(ops_of(logp), "k3", logp, logq).sum().backward()
     np.testing.assert_allclose(logp.grad, [0.0, 1 - np.exp(-0.5), 1.0], rtol=1e-12)
-
-
-def test_no_kl_adds_nothing() -> None:
-    none = NoKL()
-    assert none.placement == "none" and none.update(none.init(), kl=3.0, n=5).coef == 0.0
-    assert not none.divergence(ops_of(np.ones(3)), np.ones(3), np.zeros(3)).any()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from objectives.cases import (
@@ -20,7 +19,7 @@ from objectives.cases import (
     weighted,
     with_dummy,
 )
-from posttrain.data import Counts, TokenOutputs
+from posttrain.data import Array, Counts, TokenOutputs
 from posttrain.ops import ops_of
 from posttrain.protocols import Need, Output
 from posttrain_objectives.plugin import components
@@ -96,7 +95,7 @@ def test_gradient_equals_finite_differences_of_the_oracle(objective: PolicyGradi
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by the libraries that rlax imports
 def test_value_and_gradient_equal_rlax() -> None:
-    import rlax
+    rlax, jax = pytest.importorskip("rlax"), pytest.importorskip("jax")
     case = random_case(4)
     with jax.enable_x64(True):
         A, old = (jax.numpy.asarray(case.columns[n]) for n in ("advantages", "old_logprobs"))
@@ -178,11 +177,12 @@ def test_zero_weight_dummy_actions_change_nothing(objective: PolicyGradient, fra
 
 
 def test_works_under_a_jax_trace() -> None:
+    jax = pytest.importorskip("jax")
     objective = ALL["gspo_wide"]
     case = prepared(objective, random_case(3))
     with jax.enable_x64(True):
         batch = micro_batch(case, jax.numpy.asarray)
-        def loss(x: jax.Array) -> jax.Array:
+        def loss(x: Array) -> Array:
             return objective(ops_of(x), TokenOutputs(x), batch, {}).terms["policy"].total
         gradient = np.asarray(jax.jit(jax.grad(loss))(jax.numpy.asarray(case.outputs["logprobs"])))
     expected = evaluate("torch", objective, case).gradients["logprobs"]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import Field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from posttrain.errors import did_you_mean
+from posttrain.errors import InputError, did_you_mean
 
 Key = tuple[str | int, ...]
 """A path in a tree of values: `("rollout", "engine")`."""
@@ -56,7 +57,7 @@ def construct(cls: Any, values: Mapping[str, Any], key: Key, report: Report, wha
     try:
         made = cls(**found)
         return None if noted else made
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, InputError) as error:
         blamed = [(*key, word) for word in re.findall(r"\w+", str(error)) if word in found]
         if blamed or not noted:  # else it may come of the values left out
             report(blamed[0] if blamed else key, f"{dotted(key)}: {error}".lstrip(": "))
@@ -64,17 +65,19 @@ def construct(cls: Any, values: Mapping[str, Any], key: Key, report: Report, wha
 
 def convert(hint: Any, value: Any, key: Key, report: Report) -> Any:
     """`value` as the annotation `hint` asks, or None after a report. An annotation that a configuration cannot
-    express (a callable, an array) takes what it is given.
+    express (a callable, an array) takes what it is given. Sets are written as lists, members of an `Enum` by their
+    value or their name.
 
     >>> convert(tuple[float, float], [0.9, 1], ("optimizer", "betas"), print)
     (0.9, 1.0)
     """
-    shape = next((shape for origin, shape in _SHAPES if (get_origin(hint) or hint) in origin), _opaque)
+    shape = _enum if _is_enum(hint) else next(
+        (shape for origin, shape in _SHAPES if (get_origin(hint) or hint) in origin), _opaque)
     fits, made = shape(hint, value, key, report)
     if not fits:
-        word = isinstance(value, bool) and str in (hint, *map(type, get_args(hint)))
+        word = isinstance(value, bool) and (hint is str or any(isinstance(choice, str) for choice in _choices(hint)))
         said = "; YAML reads on, off, yes and no as true and false: quote the word" if word else ""
-        near = did_you_mean(str(value), map(str, get_args(hint))) if get_origin(hint) is Literal else ""
+        near = did_you_mean(str(value), map(str, _choices(hint)))
         report(key, f"{dotted(key)} must be {_phrase(hint)}, got {value!r}{said}{near}")
     return made
 
@@ -85,6 +88,15 @@ Converted = tuple[bool, Any]
 
 def _literal(hint: Any, value: Any, key: Key, report: Report) -> Converted:
     return any(value == a and type(value) is type(a) for a in get_args(hint)), value
+
+
+def _enum(hint: Any, value: Any, key: Key, report: Report) -> Converted:
+    """A member by its value, else by its name."""
+    if isinstance(value, hint):
+        return True, value
+    same = [m for m in hint if m.value == value and isinstance(m.value, bool) == isinstance(value, bool)]
+    found = same or [m for name, m in hint.__members__.items() if name == value]
+    return bool(found), next(iter(found), None)
 
 
 def _union(hint: Any, value: Any, key: Key, report: Report) -> Converted:
@@ -108,6 +120,17 @@ def _sequence(hint: Any, value: Any, key: Key, report: Report) -> Converted:
         return False, None
     items = [convert(arguments[0] if many else arguments[i], v, key, report) for i, v in enumerate(value)]
     return True, items if kind is list else tuple(items)
+
+
+def _set(hint: Any, value: Any, key: Key, report: Report) -> Converted:
+    if not isinstance(value, list | tuple | set | frozenset):
+        return False, None
+    of, *_ = get_args(hint) or (Any,)
+    items = [convert(of, item, key, report) for item in value]
+    try:
+        return True, set(items) if (get_origin(hint) or hint) is set else frozenset(items)
+    except TypeError:  # of what cannot be in a set
+        return False, None
 
 
 def _mapping(hint: Any, value: Any, key: Key, report: Report) -> Converted:
@@ -141,18 +164,19 @@ _SHAPES: tuple[tuple[tuple[Any, ...], Callable[..., Converted]], ...] = (
     ((Literal,), _literal),
     ((Union, types.UnionType), _union),
     ((list, tuple, Sequence), _sequence),
+    ((set, frozenset, Set), _set),
     ((dict, Mapping), _mapping),
 )
 _PHRASES: Mapping[Any, str] = {
     type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
-    list: "a list", tuple: "a list", Sequence: "a list", dict: "a map", Mapping: "a map"}
+    **dict.fromkeys((list, tuple, Sequence, set, frozenset, Set), "a list"), dict: "a map", Mapping: "a map"}
 
 
 def _phrase(hint: Any) -> str:
     """An annotation in words: `one of 'group', 'batch' or null`."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(f"'{a}'" if isinstance(a, str) else str(a) for a in arguments)
+    if origin is Literal or _is_enum(hint):
+        return "one of " + ", ".join(f"'{a}'" if isinstance(a, str) else str(a) for a in _choices(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(_phrase(a) for a in arguments)
     if origin is tuple and arguments[-1] is not ...:
@@ -160,6 +184,30 @@ def _phrase(hint: Any) -> str:
     if is_dataclass(hint):
         return "a block of keys"
     return _PHRASES.get(origin or hint, "") or getattr(hint, "__name__", str(hint))
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a configuration can write, where they can be counted."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(choice for option in get_args(hint) for choice in _choices(option))
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(written(member) for member in hint) if _is_enum(hint) else ()
+
+
+def written(member: Enum) -> Any:
+    """A member of an `Enum` as a configuration writes it: its value where YAML can hold it, else its name.
+
+    >>> from http import HTTPStatus
+    >>> written(HTTPStatus.OK)
+    200
+    """
+    value = member.value
+    return value if type(value) in (str, int, float, bool) else member.name
 
 
 def hints_of(cls: Any) -> Mapping[str, Any]:

@@ -13,12 +13,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from enum import Enum
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.annotations import hints_of
+from posttrain.annotations import hints_of, written
 from posttrain.errors import PluginError
 from posttrain.hookspecs import ENTRY_POINT_GROUP, Component
 from posttrain.registry import Foreign, Plugin, Registry, canonical, misfit, optional_requirements
@@ -155,8 +156,8 @@ class Fault:
     distribution: str
     component: str
     what: str
-    status: Literal["note", "broken"]
-    """`note`: works, or would once something is installed."""
+    status: Literal["ok", "note", "broken"]
+    """`ok`: would work once something optional is installed; `note`: works."""
     remedy: str
 
 
@@ -173,7 +174,7 @@ def _faults(registry: Registry, plugin: Plugin, component: Component) -> Iterato
     if not component.summary.strip():
         yield Fault(*named, "has no summary", "note", mend)
     if missing := missing_packages(plugin.distribution, component.extra):
-        yield Fault(*named, f"needs {', '.join(missing)}", "note",
+        yield Fault(*named, f"needs {', '.join(missing)}", "ok",
                     f"pip install '{plugin.distribution}[{component.extra}]'")
     try:
         if wrong := misfit(component, registry.load(component)):
@@ -201,15 +202,32 @@ def _fields_of(target: Any, component: Component) -> tuple[FieldCard, ...]:
     if not (isinstance(target, type) and is_dataclass(target)):
         return ()
     docs, hints = field_docs(target), hints_of(target)
-    return tuple(FieldCard(f.name, inspect.formatannotation(hints.get(f.name, f.type)),
-                           repr(component.defaults[f.name]) if f.name in component.defaults else _default(f),
+    return tuple(FieldCard(f.name, _type(hints.get(f.name, f.type)),
+                           _shown(component.defaults[f.name]) if f.name in component.defaults else _default(f),
                            " ".join(docs.get(f.name, "").split())) for f in fields(target) if f.init)
+
+
+def _type(hint: Any) -> str:
+    """An annotation as Python writes it, and what may be chosen where that does not say so."""
+    text = inspect.formatannotation(hint)
+    chosen = isinstance(hint, type) and issubclass(hint, Enum)
+    return f"{text}, one of {', '.join(map(_shown, hint))}" if chosen else text
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it; a member of an `Enum` as a configuration does, a set in an order."""
+    if isinstance(value, Enum):
+        return repr(written(value))
+    if value and isinstance(value, set | frozenset):
+        items = ", ".join(sorted(map(_shown, value)))
+        return f"frozenset({{{items}}})" if isinstance(value, frozenset) else f"{{{items}}}"
+    return repr(value)
 
 
 def _default(f: Field[Any]) -> str:
     if f.default is not MISSING:
-        return repr(f.default)
-    return repr(f.default_factory()) if f.default_factory is not MISSING else ""
+        return _shown(f.default)
+    return _shown(f.default_factory()) if f.default_factory is not MISSING else ""
 
 
 def _aspects(registry: Registry, component: Component) -> dict[str, tuple[str, ...]]:

@@ -30,10 +30,13 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="Configuration file (
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line in place of text.")]
+Named = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE_OR_MODULE", help="A plugin that is not "
+                                                 "installed, as under plugins: of a configuration; may be repeated.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")]
 
 
 def plugins(context: typer.Context, kind: Annotated[str, typer.Argument(help="One kind only.")] = "",
+            named: Named = None,
             as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
             verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Target, source and defaults of each; the "
                                                   "time that each plugin took.")] = False) -> None:
@@ -43,9 +46,9 @@ def plugins(context: typer.Context, kind: Annotated[str, typer.Argument(help="On
     """
     from posttrain.catalogue import entries, listing
 
-    registry: Registry = context.obj
     if kind:
         _require_kind(kind)
+    registry = _with_named(context.obj, named)
     if as_json:
         print(json.dumps(listing(registry, kind), indent=2, default=repr))
         return
@@ -66,11 +69,15 @@ def plugins(context: typer.Context, kind: Annotated[str, typer.Argument(help="On
         _table([(f"  {p.distribution}", p.version, f"{len(p.components)} components", f"{1e3 * p.seconds:.1f} ms")
                 for p in registry.plugins])
     _warn(registry)
+    if kind and not rows:
+        from posttrain.known import offers
+
+        print(f"no {kind} is installed", *offers(registry, kind), sep="\n  ", file=sys.stderr)
     if not registry.plugins:
         print("no plugin is installed: pip install posttrain-core posttrain-estimators ...", file=sys.stderr)
 
 
-def show(context: typer.Context, kind: str, name: str,
+def show(context: typer.Context, kind: str, name: str, named: Named = None,
          as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Describe a component: its source, who provides it, and its fields; or what a recipe sets."""
     _require_kind(kind)
@@ -81,7 +88,7 @@ def show(context: typer.Context, kind: str, name: str,
 
     from posttrain.catalogue import card
 
-    registry: Registry = context.obj
+    registry = _with_named(context.obj, named)
     found = card(registry, registry.resolve(kind, name))
     if as_json:
         print(json.dumps(asdict(found), indent=2, default=repr))
@@ -113,7 +120,7 @@ def check(context: typer.Context, file: File, settings: Settings = None, quiet: 
     print("\nparts")
     _table([(f"  {key}", c.name, " ".join(loaded.registry.provider(c)).strip(), c.summary)
             for key, c in loaded.components.items()])
-    print("\nfiles of your own (the first digits of their SHA-256)")
+    print("\nfiles of your own and of plugins: (the first digits of their SHA-256)")
     _table([(f"  {path}", digest[:12]) for path, digest in loaded.files.items()])
     with following(not quiet):
         _, rows = compose.open_task(loaded.settings)
@@ -289,6 +296,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _output(as_json: bool, quiet: bool) -> Output:
     return "json" if as_json else "quiet" if quiet else "auto"
+
+
+def _with_named(registry: Registry, names: Sequence[str] | None) -> Registry:
+    """The registry with what `--plugin` names. Raises `PluginError` with all that cannot be had."""
+    if not names:
+        return registry
+    from posttrain.named import extended
+
+    found = extended(registry, names, Path.cwd())
+    if found.problems:
+        raise PluginError([f"--plugin {problem}" for problem in found.problems])
+    return found.registry
 
 
 def _require_kind(kind: str) -> None:

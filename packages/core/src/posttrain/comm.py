@@ -11,6 +11,8 @@ from typing import Protocol, final
 
 import numpy as np
 
+__all__ = ["Comm", "SingleProcess"]
+
 
 class Comm(Protocol):
     """A group of ranks. Every method is a collective: all ranks call it in the same order."""

@@ -6,7 +6,6 @@ Order, low to high: field defaults < preset < recipe < `extends:` < file < comma
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import sys
@@ -19,9 +18,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from posttrain import named
 from posttrain.annotations import Key, construct, dotted
 from posttrain.errors import ConfigError, InputError, Problem, did_you_mean
-from posttrain.hookspecs import PROJECT, Component
+from posttrain.hookspecs import IN_FILE, Component
 from posttrain.layers import (
     Layer,
     Mark,
@@ -207,24 +207,12 @@ def _with_plugins(tree: dict[str, Any], marks: Mapping[Key, Mark], registry: Reg
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return registry  # of a wrong type: reported with all other keys
     base, written = marks["plugins",].base, where(marks, ("plugins",))
-    tree["plugins"] = [str((base / name).resolve()) if name.endswith(".py") else name for name in names]
-    found: list[Path | object] = []
-    for name in tree["plugins"]:
-        if not name.endswith(".py"):
-            try:
-                found.append(importlib.import_module(name))
-            except ImportError as error:
-                reading.problems.append(Problem(f"plugins: {name} is neither a file that ends in .py nor a module that "
-                                                f"can be imported: {error}", written))
-        elif Path(name).is_file():
-            found.append(Path(name))
-            reading.record(Path(name))
-        else:
-            reading.problems.append(Problem(f"plugins: no such file: {name}", written))
-    extended = registry.extended(found)
-    reading.problems += [Problem(f"plugins: {b.distribution}: {b.error}", written) for b in extended.broken
-                         if b.distribution in tree["plugins"]]
-    return extended
+    tree["plugins"] = [named.absolute(name, base) for name in names]
+    found = named.extended(registry, names, base)
+    reading.problems += [Problem(f"plugins: {problem}", written) for problem in found.problems]
+    for path in found.files:
+        reading.record(path)
+    return found.registry
 
 
 @dataclass(slots=True)
@@ -298,7 +286,7 @@ class _Builder:
         if "use" not in node:
             return Origin.of(at(self.tree, key)["file"], call, given)
         module, _, name = self.components[dotted(key)].target.partition(":")
-        in_file = module.startswith(f"{PROJECT}_file_")
+        in_file = module.startswith(IN_FILE)
         return Origin.of(f"{sys.modules[module].__file__ if in_file else module}:{name}", call, given)
 
     def made(self, kind: str, node: Mapping[str, Any], given: dict[str, Any], key: Key) -> Any:
@@ -357,6 +345,8 @@ class _Builder:
                 hint = did_you_mean(attribute, [name for name in names if not name.startswith("_")])
                 return self.problem(here, f"{dotted(here)}: {file} has no '{attribute}'{hint}")
             return self.called(kind, names[attribute], given, key)
+        except InputError as error:
+            return self.problem(here, f"{dotted(here)}: {error}")
         except Exception as error:  # the user's own code may raise anything
             return self.problem(here, f"{dotted(here)}: {location} raised {type(error).__name__}: {error}")
 

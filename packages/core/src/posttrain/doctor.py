@@ -180,7 +180,7 @@ def devices(installed: Installed, python: str = sys.executable) -> Iterator[Find
     for name in shown:
         yield Finding("devices", "NVIDIA driver", name)
     if installed("torch") is None:
-        yield Finding("devices", "torch", "not installed", "note", "pip install 'posttrain-backends[torch]'")
+        yield Finding("devices", "torch", "not installed", remedy="pip install 'posttrain-backends[torch]'")
         return
     said, error = ask(python, _ASK_TORCH)
     if said is None:

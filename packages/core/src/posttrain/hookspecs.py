@@ -15,6 +15,9 @@ PROJECT = "posttrain"
 ENTRY_POINT_GROUP = "posttrain.v1"
 """Carries the version of the plugin interface; another group is reported, never imported."""
 
+IN_FILE = f"{PROJECT}_file_"
+"""How the names of modules begin that were imported from a file alone (`registry.import_file`)."""
+
 KINDS = ("estimator", "correction", "objective", "kl", "constraint", "combiner", "gradient_combiner", "backend",
          "engine", "kernel", "tokenizer", "batching", "searcher", "task", "reward", "tracker")
 """Kinds of component, closed: only core adds one. What each is stands in `protocols.py`."""

@@ -69,6 +69,17 @@ def _state(registry: Registry, home: str) -> str:
     return next((text for name, text in said.items() if canonical(name) == home), "")
 
 
+def offers(registry: Registry, kind: str) -> tuple[str, ...]:
+    """What the project's packages have of a kind, and why it is not to be had, a line for each package and extra."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for k in known():
+        if k.kind == kind:
+            found.setdefault((k.distribution, k.install), []).append(k.name)
+    return tuple(f"{', '.join(names)}: in {home}, which {_state(registry, home) or f'is not installed: {install}'}"
+                 for (home, install), names in found.items()) or (
+        f"none is in posttrain's own packages; to see one of yours: posttrain plugins {kind} --plugin FILE_OR_MODULE",)
+
+
 def nearest(registry: Registry, kind: str, name: str) -> str:
     """`; did you mean 'vtrace' (posttrain-estimators, not installed: pip install ...)?`, or nothing."""
     names = {k.name: k for k in not_installed(registry) if k.kind == kind}

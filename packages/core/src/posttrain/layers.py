@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -20,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from posttrain.annotations import Key, dotted
+from posttrain.annotations import Key, dotted, written
 from posttrain.errors import Problem
 from posttrain.schema import Settings
 
@@ -165,8 +166,12 @@ def _put_aside(value: Any, key: Key, marks: dict[Key, Mark], base: Path) -> Any:
     marks[key] = mark = Mark(f"dict key '{dotted(key)}'", base)
     if isinstance(value, Mapping):
         return {str(k): _put_aside(v, (*key, str(k)), marks, base) for k, v in value.items()}
+    if isinstance(value, Enum):
+        return written(value)
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, set | frozenset) and all(isinstance(v, _PLAIN) for v in value):
+        return sorted(value, key=repr)
     if isinstance(value, list | tuple) and all(isinstance(v, _PLAIN) for v in value):
         return list(value)
     if isinstance(value, Path):

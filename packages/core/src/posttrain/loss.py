@@ -16,6 +16,9 @@ from posttrain.errors import ConfigError
 from posttrain.ops import Ops
 from posttrain.protocols import KL, Need, Objective, Output
 
+__all__ = ["SHARED"]
+"""What authors of backends may import; the rest is for the loop."""
+
 SHARED = "shared"
 
 

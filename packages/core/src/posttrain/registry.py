@@ -28,8 +28,8 @@ import pluggy
 
 from posttrain import hookspecs
 from posttrain.annotations import Key, Report, construct, dotted
-from posttrain.errors import ConfigError, PluginError, Problem, did_you_mean
-from posttrain.hookspecs import ENTRY_POINT_GROUP, KINDS, PROJECT, Component
+from posttrain.errors import ConfigError, InputError, PluginError, Problem, did_you_mean
+from posttrain.hookspecs import ENTRY_POINT_GROUP, IN_FILE, KINDS, PROJECT, Component
 from posttrain.hooktrace import Call, traced
 
 ALLOW, BLOCK = "POSTTRAIN_PLUGINS", "POSTTRAIN_BLOCK"
@@ -67,7 +67,7 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A plugin for another version of the plugin interface: reported, never imported."""
+    """A distribution whose plugins are all for another version of the plugin interface: reported, never imported."""
 
     distribution: str
     group: str
@@ -111,7 +111,7 @@ class Hooks:
             try:
                 self.call(self.manager, plugin, hook, arguments)
             except (Exception, SystemExit) as error:  # an observer must not stop what it observes
-                failed.append(Broken(name.rpartition("#")[0], f"{hook}: {_reason(error)}"))
+                failed.append(Broken(name.rpartition("#")[0], f"{hook}: {reason(error)}"))
         return tuple(failed)
 
 
@@ -180,7 +180,7 @@ class Registry:
                 raise
             except (Exception, SystemExit) as error:
                 raise PluginError([f"{component.kind} '{component.name}' ({self.provider(component)[0]}) is broken: "
-                                   f"{component.target}: {_reason(error)}"]) from error
+                                   f"{component.target}: {reason(error)}"]) from error
 
     @contextmanager
     def importing(self, component: Component) -> Iterator[None]:
@@ -213,7 +213,7 @@ class Registry:
             return report((*key, next(iter(values))), f"{dotted(key)}: {component.name} takes no fields, since "
                           f"{component.target} is no dataclass; given: {', '.join(map(str, values))}")
         if not _has_fields(target):
-            return target() if isinstance(target, type) else target  # without fields, or a plain function
+            return _made(target, key, report) if isinstance(target, type) else target  # or a plain function
         return construct(target, {**component.defaults, **values}, key, report, f"a field of {component.name}")
 
 
@@ -225,16 +225,18 @@ def discover(extra_plugins: Sequence[Path | object] = (), *, environ: Mapping[st
     a plugin prints goes to stderr. An interrupt (Ctrl-C) goes on, with a note of the plugin that was being imported.
     """
     environ = os.environ if environ is None else environ
-    points = tuple(_installed() if entry_points is None else entry_points)
+    installed, unread = _installed() if entry_points is None else (entry_points, ())
+    points = tuple(installed)
     call: Call = traced(_call) if environ.get(TRACE, "0") not in ("", "0") else _call
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     chosen, foreign, left_out = _chosen(points, environ)
-    found = [_register(manager, call, name, version, point.load, _remedy(name, environ))
-             for name, version, point in chosen]
-    found += [_register(manager, call, *_load_extra(plugin)) for plugin in extra_plugins]
+    found: list[Plugin | Broken | None] = list(unread)
+    found += [_register(manager, call, name, version, point.load, _remedy(name, environ))
+              for name, version, point in chosen]
+    found += [_register(manager, call, *_load_extra(plugin), given=True) for plugin in extra_plugins]
     seen = {canonical(name) for name in (*(f.distribution for f in foreign), *(f.distribution for f in left_out),
-                                         *(name for name, _, _ in chosen))}
+                                         *(b.distribution for b in unread), *(name for name, _, _ in chosen))}
     found += [Broken(name, f"named by {ALLOW}, but not installed", f"pip install {name}, or take it out of {ALLOW}")
               for name in sorted(_distributions(environ.get(ALLOW, "")) - seen)]
     return Registry(
@@ -252,22 +254,23 @@ def _chosen(points: Iterable[metadata.EntryPoint], environ: Mapping[str, str],
     allowed, blocked = _distributions(environ.get(ALLOW, "")), _distributions(environ.get(BLOCK, ""))
     chosen, foreign, left_out = [], [], []
     ours = [(*_owner(point), point) for point in points if point.group.startswith(f"{PROJECT}.v")]
+    fitting = {canonical(name) for name, _, point in ours if point.group == ENTRY_POINT_GROUP}
     for name, version, point in sorted(ours, key=lambda p: (p[2].group, p[0], p[1], p[2].name)):
         if canonical(name) in blocked:
             left_out.append(LeftOut(name, BLOCK))
-        elif point.group != ENTRY_POINT_GROUP:
-            foreign.append(Foreign(name, point.group))
+        elif point.group != ENTRY_POINT_GROUP:  # one that offers this version too is used by that
+            foreign += [] if canonical(name) in fitting else [Foreign(name, point.group)]
         elif allowed and canonical(name) not in allowed:
             left_out.append(LeftOut(name, ALLOW))
         else:
             chosen.append((name, version, point))
-    return tuple(chosen), tuple(foreign), tuple(dict.fromkeys(left_out))
+    return tuple(chosen), tuple(dict.fromkeys(foreign)), tuple(dict.fromkeys(left_out))
 
 
 def import_file(path: Path) -> ModuleType:
     """The module in the file at `path`. A file that did not change is executed once."""
     source = path.read_bytes()
-    name = f"{PROJECT}_file_{path.stem}_{hashlib.sha256(bytes(path.resolve()) + source).hexdigest()[:12]}"
+    name = f"{IN_FILE}{path.stem}_{hashlib.sha256(bytes(path.resolve()) + source).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -293,14 +296,22 @@ def misfit(component: Component, target: Any) -> str:
     return f"its defaults name what is no field of {component.target}: {', '.join(wrong)}" if wrong else ""
 
 
+def _made(target: type, key: Key, report: Report) -> Any:
+    """An instance of a class without fields, or None after a report."""
+    try:
+        return target()
+    except (ValueError, TypeError, InputError) as error:
+        return report(key, f"{dotted(key)}: {error}")
+
+
 def _has_fields(target: Any) -> bool:
     return isinstance(target, type) and is_dataclass(target)
 
 
 def _register(manager: pluggy.PluginManager, call: Call, name: str, version: str, load: Callable[[], object],
-              remedy: str) -> Plugin | Broken | None:
+              remedy: str, given: bool = False) -> Plugin | Broken | None:
     """Import, register and question one plugin; whatever goes wrong concerns this plugin alone. None for an object
-    that stands there already under the same name."""
+    that stands there already under the same name, or that was `given` by name though it is installed."""
     key = f"{name}#{len(manager.get_plugins())}"  # a distribution may have several entry points
     start = time.perf_counter()
     try:
@@ -309,7 +320,7 @@ def _register(manager: pluggy.PluginManager, call: Call, name: str, version: str
         hash(plugin)  # the manager puts plugins into sets: one that cannot be there would break all
         if manager.is_registered(plugin):
             owner = str(manager.get_name(plugin)).rpartition("#")[0]
-            if owner == name:
+            if given or owner == name:
                 return None
             raise ValueError(f"its entry point names the same module as that of {owner}; uninstall one of the two")
         manager.register(plugin, key)
@@ -321,7 +332,7 @@ def _register(manager: pluggy.PluginManager, call: Call, name: str, version: str
     except BaseException as error:  # SystemExit too, and what test frameworks end a test with
         if manager.has_plugin(key):
             manager.unregister(name=key)
-        return Broken(name, _reason(error), remedy)
+        return Broken(name, reason(error), remedy)
 
 
 def _declared(manager: pluggy.PluginManager, call: Call, plugin: object) -> tuple[Component, ...]:
@@ -339,7 +350,7 @@ def _declared(manager: pluggy.PluginManager, call: Call, plugin: object) -> tupl
             raise ValueError(fault)
         if (c.kind, c.name) in [(d.kind, d.name) for d in declared[:i]]:
             raise ValueError(f"declares {c.kind} '{c.name}' twice")
-    if isinstance(plugin, ModuleType) and plugin.__name__.startswith(f"{PROJECT}_file_"):
+    if isinstance(plugin, ModuleType) and plugin.__name__.startswith(IN_FILE):
         own = f"{Path(str(plugin.__file__)).stem}:"  # a single file may name its classes as `my_plugin:Class`
         declared = [replace(c, target=f"{plugin.__name__}:{c.target.removeprefix(own)}")
                     if c.target.startswith(own) else c for c in declared]
@@ -396,16 +407,47 @@ def _remedy(name: str, environ: Mapping[str, str]) -> str:
     return f"mend or upgrade it, or leave it out: {BLOCK}={','.join([*others, name])}"
 
 
-def _installed() -> list[metadata.EntryPoint]:
-    """Entry points of this plugin interface, whatever its version."""
-    points = metadata.entry_points()
-    return [p for group in points.groups if group.startswith(f"{PROJECT}.v") for p in points.select(group=group)]
+def _installed() -> tuple[list[metadata.EntryPoint], tuple[Broken, ...]]:
+    """Entry points of this plugin interface, whatever its version, and distributions whose metadata cannot be read."""
+    try:
+        points = metadata.entry_points()
+        groups = [group for group in points.groups if group.startswith(f"{PROJECT}.v")]
+        return [point for group in groups for point in points.select(group=group)], ()
+    except Exception:  # of any distribution; each is looked at on its own, which takes longer
+        return _one_by_one()
+
+
+def _one_by_one() -> tuple[list[metadata.EntryPoint], tuple[Broken, ...]]:
+    """All entry points, and distributions that do not say theirs. Of two of one name the first on the path counts."""
+    points: dict[str, list[metadata.EntryPoint]] = {}
+    broken: dict[str, Broken] = {}
+    for distribution in metadata.distributions():
+        name, _ = _said_by(distribution)
+        if (key := canonical(name)) in points or key in broken:
+            continue
+        try:
+            points[key] = list(distribution.entry_points)
+        except Exception as error:
+            name = name or str(distribution.locate_file(""))
+            broken[key] = Broken(name, f"its entry_points.txt cannot be read: {type(error).__name__}: {error}",
+                                 f"install it anew: pip install --force-reinstall --no-deps {name}")
+    every = [point for found in points.values() for point in found]
+    return [point for point in every if point.group.startswith(f"{PROJECT}.v")], tuple(broken.values())
 
 
 def _owner(point: metadata.EntryPoint) -> tuple[str, str]:
     """Distribution and version; each is a file parsed, so it is asked for once."""
-    known: Mapping[str, str] = dict(point.dist.metadata.items()) if point.dist is not None else {}  # type: ignore[attr-defined]  # a Message
-    return known.get("Name") or point.name, known.get("Version") or ""
+    name, version = ("", "") if point.dist is None else _said_by(point.dist)
+    return name or point.name, version
+
+
+def _said_by(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Name and version by a distribution's metadata; empty where these cannot be read."""
+    try:
+        known: Mapping[str, str] = dict(distribution.metadata.items())  # type: ignore[attr-defined]  # a Message
+    except Exception:  # files that an installation left half-written may hold anything
+        return "", ""
+    return known.get("Name") or "", known.get("Version") or ""
 
 
 def canonical(distribution: str) -> str:
@@ -417,7 +459,7 @@ def _distributions(text: str) -> frozenset[str]:
     return frozenset(canonical(name.strip()) for name in text.split(",") if name.strip())
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An exception in one line, with the place in the plugin where it was raised."""
     text = " ".join(str(error).split())
     if isinstance(error, pluggy.PluginValidationError):

@@ -23,6 +23,7 @@ from posttrain import checkpoint, config, state, supervised, trackers, trainer
 from posttrain.compose import build, check, initial_state, open_task, reward_workers
 from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.named import distribution_of
 from posttrain.progress import doing
 from posttrain.protocols import TrackerSession
 from posttrain.registry import Broken, Registry, discover
@@ -165,8 +166,10 @@ def manifest(loaded: config.Loaded) -> dict[str, Any]:
     """What a repetition of the run must have equal."""
     settings = loaded.settings
     providers = {loaded.registry.provider(component)[0] for component in loaded.components.values()}
+    modules = {name for name in settings.plugins if not name.endswith(".py")}
+    providers = (providers - modules - {*loaded.files}) | {distribution_of(name) for name in modules}
     threads = settings.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    return describe(seed=settings.seed, threads=threads, plugins=sorted(providers - {"", *loaded.files}),
+    return describe(seed=settings.seed, threads=threads, plugins=sorted(providers - {""}),
                     user_files=[Path(path) for path in sorted(loaded.files) if path.endswith(".py")],
                     started=datetime.now(UTC).isoformat(timespec="seconds"))
 

@@ -36,6 +36,9 @@ CONFIG, MANIFEST, METRICS, SAMPLES = "config.yaml", "manifest.json", "metrics.js
 TIMING = "timing/"
 """Prefix of metrics that may differ between two equal runs."""
 
+__all__ = ["TIMING", "RunDirectory", "read_metrics"]
+"""What authors of trackers may import; the rest is for the loop."""
+
 _RESERVED = frozenset({"step", "timing", "nonfinite"})
 _OWNER = ".owner.json"
 
@@ -165,7 +168,7 @@ class RunDirectory:
             logger.warning("%s cannot be read (%s), so nothing says whether the resumed run is bitwise equal to an "
                            "uninterrupted one", self.path / MANIFEST, error)
             return []
-        found = [f"{name} was {then.get(name)!r} and is now {now.get(name)!r}: "
+        found = [f"{change(name, then.get(name), now.get(name))}: "
                  "the resumed run is no longer bitwise equal to an uninterrupted one"
                  for name in _BITWISE if then.get(name) != now.get(name)]
         for text in found:
@@ -286,6 +289,23 @@ def describe(*, seed: int, threads: int, plugins: Sequence[str], user_files: Seq
         "cpu": _cpu_model(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
         "accelerators": accelerators(), "user_files": {str(path): _hash_of(path) for path in user_files},
     }
+
+
+def change(name: str, then: JSON, now: JSON) -> str:
+    """How something is another than it was, in words; of a map only the entries that are.
+
+    >>> change("threads", 2, 1)
+    'threads was 2 and is now 1'
+    >>> change("plugins", {"a": "1.0", "b": "1.0"}, {"b": "1.1", "c": "0.1"})
+    "plugins: a was '1.0' and is gone; b was '1.0' and is now '1.1'; c was added as '0.1'"
+    """
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
+        return f"{name} was {then!r} and is now {now!r}"
+    entries = [entry for entry in sorted(then.keys() | now.keys()) if then.get(entry) != now.get(entry)]
+    return f"{name}: " + "; ".join(
+        f"{entry} was added as {now[entry]!r}" if entry not in then else
+        f"{entry} was {then[entry]!r} and is gone" if entry not in now else
+        change(entry, then[entry], now[entry]) for entry in entries)
 
 
 def _locked(path: Path) -> BaseFileLock:

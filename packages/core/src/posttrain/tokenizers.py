@@ -18,6 +18,9 @@ from posttrain.data import Prompt
 from posttrain.errors import ConfigError, DataError, PluginError, Problem, did_you_mean
 from posttrain.protocols import Tokenizer
 
+__all__ = ["Bytes", "Characters", "TokenizersJSON", "prompt_ids"]
+"""What authors of plugins may import; the rest is for the loop."""
+
 Messages = Sequence[Mapping[str, str]]
 ChatTemplate = Callable[[Messages], str]
 

@@ -7,9 +7,7 @@ from typing import final
 
 import numpy as np
 from posttrain.protocols import PromptSource, RowRules, Tokenizer
-from posttrain.tasks.files import given_rows
-from posttrain.tasks.formats import Keys
-from posttrain.tasks.source import Split, Table, load
+from posttrain.tasks import Keys, Split, Table, given_rows, load
 
 TEMPLATE = "Make {target} from {numbers}, using each number at most once, with + - * / and brackets. Answer: "
 

@@ -36,6 +36,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from posttrain.errors import RewardError
+from posttrain.hookspecs import IN_FILE
 from posttrain.protocols import Reward, RewardSource
 from posttrain.rewards.calls import Ended, Origin, Outcome, Overdue, outcome
 from posttrain.rewards.worker import ONE_THREAD, isolate, serve
@@ -291,7 +292,8 @@ class Pool:
             [sys.executable, "-P", "-c", "from posttrain.rewards.worker import main; main()", str(fd),
              str(os.getpid())], stdin=subprocess.DEVNULL, env=environment, pass_fds=[fd], start_new_session=True)
         theirs.close()
-        ours.send_bytes(pickle.dumps([self.rewards[i].origin for i in self._named]))
+        modules = {name: module.__file__ for name, module in sys.modules.items() if name.startswith(IN_FILE)}
+        ours.send_bytes(pickle.dumps((modules, [pickle.dumps(self.rewards[i].origin) for i in self._named])))
         return _Worker(ours, process.pid, process.wait, time.monotonic() + START_SECONDS)
 
     def _forked(self, reward: int) -> _Worker:

@@ -131,7 +131,7 @@ def summed(rollouts: Rollouts, rewards: Sequence[Entry], column: str = "reward")
                    excluded={**rollouts.excluded, column: excluded})
 
 
-def _columns(rollouts: Rollouts) -> dict[str, list[Any]]:
+def columns_of(rollouts: Rollouts) -> dict[str, list[Any]]:
     """Everything that a reward may receive, one value per episode each."""
     names = dict.fromkeys(name for prompt in rollouts.prompts for name in prompt.extra)
     columns = {name: [prompt.extra.get(name) for prompt in rollouts.prompts] for name in names}
@@ -151,8 +151,8 @@ def _called(rollouts: Rollouts, rewards: Sequence[Entry], pool: Pool, max_error_
     """Outcomes of all rewards: calls on many rows first, then one by one the rows of those that failed."""
     E = rollouts.n_episodes
     found = [_Scores(np.zeros(E), np.zeros(E, bool)) for _ in rewards]
-    columns, where = _columns(rollouts), _labels(rollouts)
-    accepted = [_accepted(entry, pool.call(i), columns) for i, entry in enumerate(rewards)] if E else []
+    columns, where = columns_of(rollouts), _labels(rollouts)
+    accepted = [accepted_by(entry, pool.call(i), columns) for i, entry in enumerate(rewards)] if E else []
     def job(reward: int, rows: tuple[int, ...]) -> Job:
         return Job(reward, rows, {n: [values[e] for e in rows] for n, values in accepted[reward].items()})
     whole = tuple(range(E))
@@ -275,7 +275,7 @@ def _on_last_token(rollouts: Rollouts, outcome: np.ndarray) -> np.ndarray:
     return placed
 
 
-def _accepted(entry: Entry, call: Callable[..., Any], columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def accepted_by(entry: Entry, call: Callable[..., Any], columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """The columns that the reward's signature accepts; all where it takes `**columns`."""
     try:
         parameters = inspect.signature(call).parameters.values()

@@ -7,13 +7,16 @@ started it. Imports no framework. Knows nothing of runs: a request is a reward's
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from posttrain.rewards.calls import Origin, Raised, outcome, raised
@@ -30,18 +33,42 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """A fresh worker: `fd parent` are its arguments, the rewards' origins its first message."""
+    """A fresh worker: `fd parent` are its arguments, its first message the
+    files of modules that only the run could import, and the rewards' origins."""
     connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
     isolate(parent)
     calls: list[Callable[..., Any] | Raised] = []
     with suppress(EOFError, OSError):  # the run ended
-        origins: Sequence[Origin] = pickle.loads(connection.recv_bytes())
-        for origin in origins:
+        modules, origins = pickle.loads(connection.recv_bytes())
+        read = partial(unpickled, modules)
+        for sent in origins:
             try:
+                origin: Origin = read(sent)
                 calls.append(origin.load())
             except Exception as error:  # the user's own file may raise anything
                 calls.append(raised(error))
-        serve(connection, calls)
+        serve(connection, calls, read)
+
+
+def unpickled(modules: Mapping[str, str], sent: bytes) -> Any:
+    """What the run sent. Its plugins in single files have modules that can be imported by their files alone: `modules`
+    says which those are."""
+    return _Unpickler(io.BytesIO(sent), modules).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Imports a module from its file where a class of it is met."""
+
+    def __init__(self, file: io.BytesIO, modules: Mapping[str, str]) -> None:
+        super().__init__(file)
+        self._modules = modules
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if module in self._modules and module not in sys.modules:
+            from posttrain.registry import import_file  # only here: most workers need no registry
+
+            import_file(Path(self._modules[module]))
+        return super().find_class(module, name)
 
 
 def isolate(parent: int) -> None:
@@ -63,14 +90,18 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def serve(connection: Connection, calls: Sequence[Callable[..., Any] | Raised]) -> None:
-    """Say which rewards could not be loaded, then answer one request at a time."""
+def serve(connection: Connection, calls: Sequence[Callable[..., Any] | Raised],
+          read: Callable[[bytes], Any] = pickle.loads) -> None:
+    """Say which rewards could not be loaded, then answer one request at a time, as `read` understands it."""
     connection.send_bytes(pickle.dumps([call if isinstance(call, Raised) else None for call in calls]))
     while True:
-        reward, columns, rows = pickle.loads(connection.recv_bytes())
-        call = calls[reward]
+        sent = connection.recv_bytes()
         try:
+            reward, columns, rows = read(sent)
+            call = calls[reward]
             answer = pickle.dumps(call if isinstance(call, Raised) else outcome(call, columns, rows))
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
+        except Exception as error:  # a column cannot be unpickled here
+            answer = pickle.dumps(raised(error))
         connection.send_bytes(answer)

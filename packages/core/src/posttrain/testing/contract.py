@@ -20,11 +20,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 
-from posttrain.annotations import construct, hints_of
+from posttrain.annotations import construct, hints_of, written
 from posttrain.catalogue import field_docs
 from posttrain.registry import Registry, discover
 
@@ -177,24 +178,35 @@ def contract_tests(cls: type) -> dict[str, Callable[..., None]]:
     return {name: test for name, test in vars(cls).items() if name.startswith("test_")}
 
 
-def failures(contract: type[ComponentContract], *, only: str = "", **fixtures: Any) -> Iterator[tuple[str, str]]:
-    """Tests of `contract` that fail on one of its components, with the message: for tests of contracts themselves.
+def failures(contract: type[ComponentContract], *components: Any, only: str = "",
+             **fixtures: Any) -> Iterator[tuple[str, str]]:
+    """Tests of `contract` that fail on one of the components (else: its own), with the message: for tests of contracts
+    themselves.
 
     Runs without pytest's collection; `only` names one test, `fixtures` are what tests may ask for beside `component`
-    (`tmp_path`).
+    (`tmp_path`). Where that one test can be measured on no component (no torch, say), it is skipped here, too.
     """
-    instance = contract()
+    instance, skipped = contract(), list[BaseException]()
     for name, test in inspect.getmembers(contract, inspect.isfunction):
         if not name.startswith("test_") or only not in ("", name):
             continue
         wanted = {k: v for k, v in fixtures.items() if k in inspect.signature(test).parameters}
-        for component in contract.components:
+        for component in components or contract.components:
             try:
                 test(instance, component=component, **wanted)
-            except pytest.skip.Exception:
-                continue
+            except pytest.skip.Exception as not_measured:
+                skipped.append(not_measured)
             except (Exception, pytest.fail.Exception) as error:
                 yield name, f"{type(error).__name__}: {error}"
+    if only and len(skipped) == len(components or contract.components):
+        raise skipped[0]
+
+
+def assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
+    """Equal shapes, and numbers that are equal in float64 up to `tolerance`, relative and absolute."""
+    assert np.shape(got) == np.shape(expected), f"{what}: shape {np.shape(got)} and {np.shape(expected)}"
+    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(expected, np.float64), rtol=tolerance,
+                               atol=tolerance, err_msg=what)
 
 
 # ---- the parts of a component
@@ -216,20 +228,22 @@ def config_fields(component: Any) -> tuple[Field[Any], ...]:
 
 
 def plain(value: Any) -> Any:
-    """A field's value as YAML holds it.
+    """A field's value as YAML holds it; sets in the order of what they print, so that it is the same in every process.
 
-    >>> plain((Path("a"), {"b": (1, 2)}))
-    ['a', {'b': [1, 2]}]
+    >>> plain((Path("a"), {"b": (1, 2)}, frozenset({"d", "c"})))
+    ['a', {'b': [1, 2]}, ['c', 'd']]
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in config_fields(value)}
     if isinstance(value, Enum):
-        return plain(value.value)
+        return written(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
         return {plain(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return [plain(v) for v in sorted(value, key=repr)]
+    if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
 

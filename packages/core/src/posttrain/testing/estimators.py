@@ -14,7 +14,7 @@ from posttrain.data import Episodes, Estimate, Metric, to_numpy
 from posttrain.ops import framework_of
 from posttrain.protocols import Corrected, Correction, Estimator, Need
 from posttrain.testing import random_data
-from posttrain.testing.contract import EXAMPLES, ComponentContract, named
+from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
 from posttrain.testing.random_data import (
     COLUMNS,
     chosen,
@@ -52,7 +52,7 @@ class _OnEpisodes(ComponentContract):
             episodes = episodes_of(*shape, component.needs)
             got, expected = column(component(episodes), self.outputs[0]), np.asarray(self.oracle(component, episodes))
             assert got.shape == expected.shape, f"the oracle gives {expected.shape}, {named(component)} {got.shape}"
-            _assert_close(got, expected, self.tolerance, f"{self.outputs[0]} differ from the oracle's")
+            assert_close(got, expected, self.tolerance, f"{self.outputs[0]} differ from the oracle's")
         holds()
 
     def test_is_pure(self, component: Any) -> None:
@@ -115,7 +115,7 @@ class _OnEpisodes(ComponentContract):
                     assert (ours is None) == (numpys is None), f"{name} is None in one of NumPy and {framework}"
                     if ours is not None:
                         assert framework_of(ours) == framework, f"{name} is an array of {framework_of(ours)}"
-                        _assert_close(to_numpy(ours), numpys, 1e-12, f"{name} in {framework} and NumPy differ")
+                        assert_close(to_numpy(ours), numpys, 1e-12, f"{name} in {framework} and NumPy differ")
 
     def test_float32_stays_float32(self, component: Any) -> None:
         """No silent widening to float64, which torch refuses on some devices and JAX turns off."""
@@ -127,7 +127,7 @@ class _OnEpisodes(ComponentContract):
             for name in self.outputs:
                 if (found := getattr(got, name)) is not None and name != "keep":
                     assert to_numpy(found).dtype == np.float32, f"{name} in {framework} are {to_numpy(found).dtype}"
-                    _assert_close(to_numpy(found), getattr(expected, name), 1e-3, f"{name} in {framework}, float32")
+                    assert_close(to_numpy(found), getattr(expected, name), 1e-3, f"{name} in {framework}, float32")
 
     def test_order_of_episodes_does_not_matter(self, component: Any) -> None:
         """The same episodes in another order give the same numbers in that order."""
@@ -215,7 +215,7 @@ class _OnEpisodes(ComponentContract):
             for mine, theirs in pairs:
                 rows = slice(episodes.offsets[mine], episodes.offsets[mine + 1])
                 there = slice(other.offsets[theirs], other.offsets[theirs + 1])
-                _assert_close(b[there], a[rows], self.tolerance, f"{name} {what}")
+                assert_close(b[there], a[rows], self.tolerance, f"{name} {what}")
 
 
 class EstimatorContract(_OnEpisodes):
@@ -230,7 +230,7 @@ class EstimatorContract(_OnEpisodes):
         episodes = episodes_of(9, [2, 3, 1], [0, 0, 0], component.needs)
         twice = chosen(episodes, [0, 1, 0, 2])
         A = to_numpy(component(twice).advantages)
-        _assert_close(A[5:7], A[0:2], self.tolerance, "advantages of equal answers to one prompt differ")
+        assert_close(A[5:7], A[0:2], self.tolerance, "advantages of equal answers to one prompt differ")
 
     def test_targets_are_there_where_values_are(self, component: Estimator) -> None:
         """A critic is trained on `targets`: an estimator that reads values gives them."""
@@ -250,7 +250,7 @@ class CorrectionContract(_OnEpisodes):
         """Where the sampler's log-probs are the policy's, all weights are 1 and every action stays."""
         episodes = episodes_of(6, [2, 3, 1], [0, 0, 1], component.needs)
         corrected: Corrected = component(replace(episodes, behavior_logprobs=episodes.logprobs))
-        _assert_close(to_numpy(corrected.weight), np.ones(6), 1e-12, "weights on policy are not 1")
+        assert_close(to_numpy(corrected.weight), np.ones(6), 1e-12, "weights on policy are not 1")
         assert to_numpy(corrected.keep).all(), f"{named(component)} drops actions on policy"
 
     def test_weights_are_not_negative(self, component: Correction) -> None:
@@ -267,9 +267,3 @@ def column(result: Any, name: str) -> np.ndarray:
     """A column of a result; empty where it is None."""
     found = getattr(result, name)
     return np.zeros(0) if found is None else to_numpy(found)
-
-
-def _assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
-    assert got.shape == expected.shape, f"{what}: shape {got.shape} and {expected.shape}"
-    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(expected, np.float64), rtol=tolerance,
-                               atol=tolerance, err_msg=what)

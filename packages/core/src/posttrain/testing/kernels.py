@@ -124,8 +124,8 @@ class KernelContract(ComponentContract):
         """JAX compiles the loop: a kernel sees tracers there, whose numbers nobody knows."""
         if component.framework != "jax":
             return
-        jax, op = import_module("jax"), OPS[cast(Op, component.op)]
         dtype, case = next((d, c) for d, c in self._cases(component) if c.name.startswith("33 "))
+        jax, op = import_module("jax"), OPS[cast(Op, component.op)]
         at = 0 if component.op == "segment_sum" else 1
         with in_float64("jax"), use_kernels([component]):
             got = jax.jit(lambda x: op(*case.args[:at], x, *case.args[at + 1:]))(case.args[at])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from posttrain.data import Array, to_numpy
 from posttrain.ops import framework_of, ops_of
 from posttrain.protocols import KL
-from posttrain.testing.contract import EXAMPLES, ComponentContract, named
+from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
 from posttrain.testing.random_data import in_float64, installed_frameworks
 
 EPISODES = 64
@@ -63,7 +63,7 @@ class KLContract(ComponentContract):
             got = divergence(component, *(np.array(column) for column in zip(*pairs, strict=True)))
             expected = [self.oracle(component, *pair) for pair in pairs]
             assert got.shape == (len(pairs),), f"divergence of {len(pairs)} actions has shape {got.shape}"
-            _assert_close(got, expected, self.tolerance, "the divergence and its oracle differ")
+            assert_close(got, expected, self.tolerance, "the divergence and its oracle differ")
         holds()
 
     def test_is_zero_where_policies_agree(self, component: KL[Any]) -> None:
@@ -117,7 +117,7 @@ class KLContract(ComponentContract):
                 x = make(logp)
                 found = component.divergence(ops_of(x), x, make(logq))
                 assert framework_of(found) == framework, f"in {framework} it is an array of {framework_of(found)}"
-                _assert_close(to_numpy(found), expected, 1e-12, f"divergence in {framework} and NumPy differ")
+                assert_close(to_numpy(found), expected, 1e-12, f"divergence in {framework} and NumPy differ")
 
     def test_has_the_gradient_that_it_claims(self, component: KL[Any]) -> None:
         """What training with it does, summed over all actions of small distributions.
@@ -137,7 +137,7 @@ class KLContract(ComponentContract):
                 k, slope = _differentiated(component, framework, logp, logq)
                 per_action = slope if component.placement == "loss" else k
                 found = p * (per_action - p @ per_action)  # through log-softmax: d log p_a / d z_b = [a = b] - p_b
-                _assert_close(found, exact, 1e-9, f"in the {component.placement}, the expected gradient in the logits "
+                assert_close(found, exact, 1e-9, f"in the {component.placement}, the expected gradient in the logits "
                                                   f"is not that of the {self.gradient} KL")
 
     def test_is_pure(self, component: KL[Any]) -> None:
@@ -277,8 +277,3 @@ def _jax_derivative(f: Callable[[Array, Array], Array], x: Array, q: Array) -> t
 
 _DERIVATIVE: dict[str, Callable[[Callable[[Array, Array], Array], Array, Array], tuple[np.ndarray, np.ndarray]]] = {
     "torch": _torch_derivative, "jax": _jax_derivative}
-
-
-def _assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
-    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(expected, np.float64), rtol=tolerance,
-                               atol=tolerance, err_msg=what)

@@ -17,8 +17,7 @@ from posttrain.data import Estimate, Metric, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.ops import framework_of
 from posttrain.protocols import Combiner, Constraint, GradientCombiner
-from posttrain.testing.contract import EXAMPLES, ComponentContract, named
-from posttrain.testing.estimators import _assert_close
+from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
 from posttrain.testing.random_data import in_float64, installed_frameworks
 
 
@@ -231,7 +230,7 @@ class CombinerContract(ComponentContract):
             got = to_numpy(component.combine(estimates, self.started(component)).advantages)
             kept = _kept(estimates)
             assert got.shape == expected.shape, f"the oracle gives {expected.shape}, {named(component)} {got.shape}"
-            _assert_close(got[kept], expected[kept], self.tolerance, "the mixed advantages differ from the oracle's")
+            assert_close(got[kept], expected[kept], self.tolerance, "the mixed advantages differ from the oracle's")
         holds()
 
     def test_a_single_column_stays_what_it_is(self, component: Any) -> None:
@@ -246,7 +245,7 @@ class CombinerContract(ComponentContract):
                 f"init refuses a single column and names none that it misses: {error}"
             return  # its fields name several columns
         mixed = component.combine({column: estimate}, state)
-        _assert_close(to_numpy(mixed.advantages), np.asarray(self.alone(component, A)), self.tolerance,
+        assert_close(to_numpy(mixed.advantages), np.asarray(self.alone(component, A)), self.tolerance,
                       f"a single column does not stay what it is; if {named(component)} rescales it, say so by "
                       "def alone(self, component, advantages) of the contract")
 
@@ -258,7 +257,7 @@ class CombinerContract(ComponentContract):
         states = [self.started(component)] + (
             [] if self.ranked else [self.started(component, tuple(reversed(self.columns)))])
         for state in states:
-            _assert_close(to_numpy(component.combine(turned, state).advantages), expected, self.tolerance,
+            assert_close(to_numpy(component.combine(turned, state).advantages), expected, self.tolerance,
                           "the mixed advantages depend on the order of the columns; look columns up by name")
 
     def test_order_of_actions_does_not_matter(self, component: Any) -> None:
@@ -268,7 +267,7 @@ class CombinerContract(ComponentContract):
         expected = to_numpy(component.combine(estimates, self.started(component)).advantages)[order]
         turned = {c: replace(e, advantages=e.advantages[order], keep=e.keep[order], targets=e.targets[order])
                   for c, e in estimates.items()}
-        _assert_close(to_numpy(component.combine(turned, self.started(component)).advantages), expected,
+        assert_close(to_numpy(component.combine(turned, self.started(component)).advantages), expected,
                       self.tolerance, "the mixed advantages depend on the order of the actions")
 
     def test_actions_that_are_out_reach_nobody(self, component: Any) -> None:
@@ -279,7 +278,7 @@ class CombinerContract(ComponentContract):
         kept = _kept(estimates)
         expected = to_numpy(component.combine(estimates, self.started(component)).advantages)[kept]
         got = to_numpy(component.combine(rubbish, self.started(component)).advantages)[kept]
-        _assert_close(got, expected, self.tolerance, "an advantage where keep is false changes the advantages of "
+        assert_close(got, expected, self.tolerance, "an advantage where keep is false changes the advantages of "
                       "others; take means and deviations over kept actions alone, and count the others as 0")
 
     def test_keeps_what_columns_keep(self, component: Any) -> None:
@@ -352,7 +351,7 @@ class CombinerContract(ComponentContract):
                          for c, e in estimates.items()}
                 got = component.combine(there, self.started(component)).advantages
                 assert framework_of(got) == framework, f"advantages of {framework} gave an array of {framework_of(got)}"
-                _assert_close(to_numpy(got)[kept], to_numpy(expected.advantages)[kept], self.tolerance,
+                assert_close(to_numpy(got)[kept], to_numpy(expected.advantages)[kept], self.tolerance,
                               f"advantages in {framework} and NumPy differ")
 
 

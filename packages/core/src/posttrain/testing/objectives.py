@@ -15,7 +15,7 @@ from posttrain.data import Counts, MicroBatch, TokenOutputs
 from posttrain.ops import ops_of
 from posttrain.protocols import Need, Objective, Output
 from posttrain.testing import random_data
-from posttrain.testing.contract import EXAMPLES, ComponentContract, config_fields, named
+from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, config_fields, named
 from posttrain.testing.losses import (
     COEF,
     COLUMN,
@@ -88,7 +88,7 @@ class ObjectiveContract(ComponentContract):
         def holds(shape: Shape) -> None:
             part = part_of(self._step(*shape), component)
             expected = self.oracle(component, part.out, part.out, part.batch, COEF)
-            _assert_close(evaluate(component, part).value, expected, self.tolerance, "the loss and its oracle differ")
+            assert_close(evaluate(component, part).value, expected, self.tolerance, "the loss and its oracle differ")
         holds()
 
     def test_gradient_is_that_of_its_oracle(self, component: Objective) -> None:
@@ -101,7 +101,7 @@ class ObjectiveContract(ComponentContract):
                         out = with_outputs(part, **{name: at}).out
                         return self.oracle(component, out, part.out, part.batch, COEF)
                     expected = central_differences(moved, np.asarray(x))
-                    _assert_close(found.gradients[name], expected, 1e-6,
+                    assert_close(found.gradients[name], expected, 1e-6,
                                   f"the gradient in {name} ({framework}) and finite differences of the oracle differ; "
                                   "where the objective stops a gradient, the oracle reads `held`")
 
@@ -133,16 +133,16 @@ class ObjectiveContract(ComponentContract):
             expected, found = evaluate(component, whole, framework), [evaluate(component, p, framework) for p in parts]
             hint = f"; split by {component.unit}: an objective that compares more names a coarser unit and reduces " \
                    "by weights alone, never by mean()"
-            _assert_close(sum(f.value for f in found), expected.value, self.tolerance,
+            assert_close(sum(f.value for f in found), expected.value, self.tolerance,
                           f"the losses of the parts do not add up to the whole{hint}")
             for name, gradient in expected.gradients.items():
                 summed = np.zeros((*gradient.shape[:-1], len(step.keep)))
                 for f, p in zip(found, parts, strict=True):
                     summed[..., p.rows] += f.gradients[name]
-                _assert_close(summed[..., whole.rows], gradient, self.tolerance,
+                assert_close(summed[..., whole.rows], gradient, self.tolerance,
                               f"gradients in {name} depend on the split{hint}")
             for name, pair in expected.metrics.items():
-                _assert_close(np.sum([f.metrics[name] for f in found], axis=0), pair, self.tolerance,
+                assert_close(np.sum([f.metrics[name] for f in found], axis=0), pair, self.tolerance,
                               f"metric {name} does not add up over parts: give (total, weight), not a mean{hint}")
 
     def test_ranks_add_up(self, component: Objective) -> None:
@@ -153,11 +153,11 @@ class ObjectiveContract(ComponentContract):
                  for part in (slice(0, 2), slice(2, 5))]
         larger = _columns(component, replace(counts, actions=30, episodes=9))
         for name, column in whole.items():
-            _assert_close(np.concatenate([rank[name] for rank in ranks]), column, 1e-14,
+            assert_close(np.concatenate([rank[name] for rank in ranks]), column, 1e-14,
                           f"{name} of two ranks are not those of one: use counts.actions and counts.episodes, which "
                           "are global, wherever a total is meant")
             at = int(np.argmax(column))
-            _assert_close(larger[name] * column[at], column * larger[name][at], 1e-12,
+            assert_close(larger[name] * column[at], column * larger[name][at], 1e-12,
                           f"global counts change the proportions within {name}, not only their scale")
 
     def test_weights_are_one_number_per_kept_action(self, component: Objective) -> None:
@@ -181,7 +181,7 @@ class ObjectiveContract(ComponentContract):
             n, x = step.counts.episode_actions, np.random.default_rng(shape[0]).normal(size=int(step.keep.sum()))
             rows = [row.tolist() for row in np.split(x, np.cumsum(n)[:-1])]
             for name, column in _columns(component, step.counts).items():
-                _assert_close(column @ x, self.average(component, name, rows), self.tolerance,
+                assert_close(column @ x, self.average(component, name, rows), self.tolerance,
                               f"sum({name} * x) is not the author's average of rows of lengths {n.tolist()}")
         holds()
 
@@ -191,10 +191,10 @@ class ObjectiveContract(ComponentContract):
         scaled = with_columns(part, **{n: 3.7 * getattr(part.batch, n) for n in WEIGHTS})
         one, more = evaluate(component, part), evaluate(component, scaled)
         for name, total in one.terms.items():
-            _assert_close(more.terms[name], 3.7 * total, self.tolerance,
+            assert_close(more.terms[name], 3.7 * total, self.tolerance,
                           f"term {name} is not sum(weight * x): weights scaled by 3.7 scale it otherwise")
         for name, value in _values(one).items():
-            _assert_close(_values(more)[name], value, self.tolerance, f"metric {name} depends on the scale of weights")
+            assert_close(_values(more)[name], value, self.tolerance, f"metric {name} depends on the scale of weights")
 
     def test_actions_without_weight_change_nothing(self, component: Objective) -> None:
         """A bucket that a backend fills up with a dummy episode gives the same loss, and one that holds nothing else
@@ -204,11 +204,11 @@ class ObjectiveContract(ComponentContract):
         part, nothing = part_of(step, component), part_of(step, component, np.zeros(len(step.keep), bool))
         plain, padded = (evaluate(component, p, framework) for p in (part, with_dummy(part, 5)))
         hint = ": every sum, of metrics too, runs over weighted actions (kl_weight > 0 or value_weight > 0 marks them)"
-        _assert_close(padded.value, plain.value, self.tolerance, f"zero-weight actions change the loss{hint}")
+        assert_close(padded.value, plain.value, self.tolerance, f"zero-weight actions change the loss{hint}")
         for name, pair in plain.metrics.items():
-            _assert_close(padded.metrics[name], pair, self.tolerance, f"zero-weight actions change metric {name}{hint}")
+            assert_close(padded.metrics[name], pair, self.tolerance, f"zero-weight actions change metric {name}{hint}")
         for name, gradient in padded.gradients.items():
-            _assert_close(gradient[..., :-5], plain.gradients[name], self.tolerance,
+            assert_close(gradient[..., :-5], plain.gradients[name], self.tolerance,
                           f"zero-weight actions change the gradient in {name}{hint}")
             assert not gradient[..., -5:].any(), f"zero-weight actions have a gradient in {name}{hint}"
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -248,12 +248,12 @@ class ObjectiveContract(ComponentContract):
         expected, first = evaluate(component, part), evaluate(component, part, frameworks[0])
         for framework in frameworks:
             found = evaluate(component, part, framework)
-            _assert_close(found.value, expected.value, 1e-12, f"the loss in {framework} and NumPy differ")
+            assert_close(found.value, expected.value, 1e-12, f"the loss in {framework} and NumPy differ")
             assert found.metrics.keys() == expected.metrics.keys(), f"metrics in {framework} and NumPy differ"
             for name, pair in expected.metrics.items():
-                _assert_close(found.metrics[name], pair, 1e-12, f"metric {name} in {framework} and NumPy differs")
+                assert_close(found.metrics[name], pair, 1e-12, f"metric {name} in {framework} and NumPy differs")
             for name, gradient in first.gradients.items():
-                _assert_close(found.gradients[name], gradient, 1e-12,
+                assert_close(found.gradients[name], gradient, 1e-12,
                               f"gradients in {name} of {framework} and {frameworks[0]} differ")
 
     def test_float32_stays_float32(self, component: Objective) -> None:
@@ -264,7 +264,7 @@ class ObjectiveContract(ComponentContract):
             found = evaluate(component, part, framework, dtype=np.float32)
             for name, dtype in found.dtypes.items():
                 assert dtype == np.float32, f"term {name} of float32 columns is {dtype} in {framework}"
-                _assert_close(found.terms[name], expected.terms[name], 1e-4, f"term {name} in {framework}, float32")
+                assert_close(found.terms[name], expected.terms[name], 1e-4, f"term {name} in {framework}, float32")
 
     # ---- what it reads and says
 
@@ -324,10 +324,10 @@ class ObjectiveContract(ComponentContract):
                 assert need in component.needs, f"{named(component)} refuses a missing {column} and does not name " \
                                                 f"it: add Need.{need.name} to needs, or take the outputs themselves"
                 continue
-            _assert_close(found.value, expected.value, self.tolerance,
+            assert_close(found.value, expected.value, self.tolerance,
                           f"without {column} the loss is not that of a model which has not moved")
             for name, gradient in expected.gradients.items():
-                _assert_close(found.gradients[name], gradient, self.tolerance,
+                assert_close(found.gradients[name], gradient, self.tolerance,
                               f"without {column} the gradient in {name} is not that of a model which has not moved: "
                               f"take ops.stop_gradient(out.{output})")
 
@@ -350,9 +350,9 @@ class ObjectiveContract(ComponentContract):
         for name, row in zip(names, rows, strict=True):
             expected = evaluate(component, with_columns(part, advantages=row), framework)
             found = evaluate(several, both, framework, slot=name)
-            _assert_close(found.value, expected.value, self.tolerance, f"slot {name} is not the loss of its advantages")
+            assert_close(found.value, expected.value, self.tolerance, f"slot {name} is not the loss of its advantages")
             for output, gradient in expected.gradients.items():
-                _assert_close(found.gradients[output], gradient, self.tolerance,
+                assert_close(found.gradients[output], gradient, self.tolerance,
                               f"the gradient of slot {name} in {output} is not that of its advantages")
 
     def test_metrics_are_totals_with_weights(self, component: Objective) -> None:
@@ -406,7 +406,7 @@ class ObjectiveContract(ComponentContract):
                 raise AssertionError(f"{named(component)} cannot be compiled; in a trace it may look at shapes, at no "
                                      f"number: {type(error).__name__}: {error}") from error
         assert len(traces) == 1, f"an equal {type(component).__name__} was compiled again"
-        _assert_close(found[0], evaluate(component, part).value, 1e-12, "the compiled loss differs")
+        assert_close(found[0], evaluate(component, part).value, 1e-12, "the compiled loss differs")
 
     # ---- steps
 
@@ -451,8 +451,3 @@ def _without_output(part: Part, name: str) -> Part:
 def _values(found: Evaluated) -> dict[str, float]:
     """What metrics show."""
     return {name: total / weight for name, (total, weight) in found.metrics.items() if weight}
-
-
-def _assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
-    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(expected, np.float64), rtol=tolerance,
-                               atol=tolerance, err_msg=what)

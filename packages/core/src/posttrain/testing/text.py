@@ -27,7 +27,7 @@ from posttrain.errors import DataError
 from posttrain.protocols import PromptSource, Reward, RewardSource, RowRules, Task, Tokenizer, TokenizerSource
 from posttrain.rewards.calls import Origin, Outcome, Overdue, Returned, outcome
 from posttrain.rewards.pool import Job, Pool
-from posttrain.rewards.scoring import Rule, _accepted, _columns, score
+from posttrain.rewards.scoring import Rule, accepted_by, columns_of, score
 from posttrain.tasks.formats import RESERVED
 from posttrain.testing.contract import EXAMPLES, ComponentContract, config_fields, named, protocol_members
 from posttrain.tokenizers import Bytes, prompt_ids
@@ -441,7 +441,7 @@ class RewardContract(ComponentContract):
 
     def _columns(self, component: Any, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """What the loop would give: everything that the signature accepts."""
-        return _accepted(self._entry(component), self._call(component), _columns(_rollouts(examples)))
+        return accepted_by(self._entry(component), self._call(component), columns_of(_rollouts(examples)))
 
     def _rewards(self, component: Any, examples: Sequence[Example]) -> list[float | None]:
         return _numbers(outcome(self._call(component), self._columns(component, examples), len(examples)), component)

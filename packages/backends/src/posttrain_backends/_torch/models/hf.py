@@ -245,6 +245,10 @@ class _Row(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed h
     def get_max_length(self) -> int:
         return int(self.keys.shape[2])
 
+    def get_max_cache_shape(self) -> int:
+        """Its name before transformers 5.13."""
+        return self.get_max_length()
+
 
 ADAPTER = ".lora_"
 """In the names of the weights that an adapter adds."""
