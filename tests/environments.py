@@ -1,6 +1,7 @@
-"""Virtual environments for tests: made of what is installed here, so without an index and in a second.
+"""Virtual environments for tests, and how programs in them are run.
 
-Holds core alone and what its tests need (pytest, Hypothesis): no framework, and none of the plugin packages.
+`core_alone` is made of what is installed here, so without an index and in a second: core and what its tests need
+(pytest, Hypothesis), no framework, and none of the plugin packages. Those of `tests/clean` ask an index.
 """
 
 from __future__ import annotations
@@ -25,6 +26,19 @@ BUILDERS = ("hatchling", "editables")
 """What builds the packages."""
 
 
+def clean_environ() -> dict[str, str]:
+    """This process's environment without its Python settings."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "POSTTRAIN"))}
+
+
+def finished(*command: str | Path, cwd: Path) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean_environ(), capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -39,15 +53,17 @@ class Environment:
 
     def run(self, *command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         """One of its programs, without this process's Python settings."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "POSTTRAIN"))}
-        return subprocess.run([str(self.programs / command[0]), *map(str, command[1:])], cwd=cwd, env=clean,
+        return subprocess.run([str(self.programs / command[0]), *map(str, command[1:])], cwd=cwd, env=clean_environ(),
                               capture_output=True, text=True, check=False, timeout=240)
 
     def output(self, *command: str | Path, cwd: Path) -> str:
         """Output of a program that must succeed."""
-        done = self.run(*command, cwd=cwd)
-        assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        return finished(self.programs / command[0], *command[1:], cwd=cwd)
+
+    def missing(self, *modules: str) -> list[str]:
+        """Those of the modules that cannot be imported here."""
+        code = f"import importlib.util as u; print(*(m for m in {modules!r} if u.find_spec(m) is None))"
+        return self.output("python", "-c", code, cwd=self.root).split()
 
     def install(self, folders: Sequence[Path], scratch: Path) -> None:
         """Install folders as their users would, but for the index: what they need must be there."""

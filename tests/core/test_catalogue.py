@@ -39,14 +39,17 @@ class VTrace:
     rho_max: float = 1.0
     """Largest weight."""
     needs = frozenset({Need.VALUES, Need.LOGPROBS})
+    def __call__(self, episodes): raise NotImplementedError
 
 @dataclass(frozen=True)
 class GAE:
     needs = frozenset({Need.VALUES})
+    def __call__(self, episodes): raise NotImplementedError
 
 @dataclass(frozen=True)
 class Group:
     needs = frozenset()
+    def __call__(self, episodes): raise NotImplementedError
 
 @hookimpl
 def components():

@@ -323,6 +323,51 @@ def test_one_problem_is_one_message(folder: Path, registry: Registry, text: str,
     assert len(found) == 1 and message in found[0], found
 
 
+@pytest.fixture
+def core_alone() -> Registry:
+    """As where core is installed and none of the packages that the schema's defaults name."""
+    return discover(environ={"POSTTRAIN_PLUGINS": "posttrain-core"})
+
+
+@first_party
+@pytest.mark.parametrize(("text", "expected"), [
+    ("estimater: grpo", ["estimater is not a key; did you mean 'estimator'? (train.yaml:1)"]),
+    ("steps: [1", ["not valid YAML: expected ',' or ']', but got '<stream end>' (train.yaml:1)"]),
+])
+def test_what_is_wrong_with_defaults_is_told_only_where_nothing_else_is(
+        folder: Path, core_alone: Registry, text: str, expected: list[str]) -> None:
+    assert problems(core_alone, text) == expected
+    left = problems(core_alone, "steps: 1")
+    assert "estimator 'grpo' is in posttrain-estimators, which POSTTRAIN_PLUGINS leaves out" in "\n".join(left)
+    assert len(left) > 1 and all(problem.endswith("(default)") for problem in left)
+
+
+def test_broken_plugins_have_a_line_of_their_own_after_all_names_that_were_not_found(
+        folder: Path, registry: Registry) -> None:
+    Path("bad.py").write_text("1 / 0")
+    broken = registry.extended([Path("bad.py")])
+    found = problems(broken, "batching: nowhere_to_be_found\ntask: {use: neither_here}\nsteps: many")
+    assert [problem for problem in found if "broken plugin" in problem] == found[3:] == [
+        "broken plugin bad.py: ZeroDivisionError: division by zero (bad.py:1)"]
+    assert found[0].startswith("batching 'nowhere_to_be_found' not found") and found[0].endswith("(train.yaml:1)")
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("optimizer: {learning_rate: 1}", "optimizer.learning_rate is not a key; is called 'lr' here (train.yaml:1)"),
+    ("critic_optimizer: {learning_rate: 1}", "critic_optimizer.learning_rate is not a key; is called 'lr' here"),
+    ("learning_rate: 1", "learning_rate is not a key; is called 'optimizer.lr' here (train.yaml:1)"),
+    ("num_generations: 8", "num_generations is not a key; is called 'rollout.group_size' here"),
+    ("rollout: {max_completion_length: 8}", "is not a key; is called 'max_new_tokens' here"),
+    ("beta: 0.1", "beta is not a key; is called 'kl.coef' here"),
+    ("max_steps: 10", "max_steps is not a key; is called 'steps' here"),
+    ("kl: {use: fixed, beta: 0.1}", "kl.beta is not a field of fixed; is called 'coef' here"),
+])
+@first_party
+def test_a_key_of_another_library_is_told_its_name_here(folder: Path, registry: Registry, text: str, says: str) -> None:
+    found = problems(registry, text)
+    assert len(found) == 1 and says in found[0], found
+
+
 def test_a_file_that_cannot_be_read(folder: Path, registry: Registry) -> None:
     with pytest.raises(ConfigError, match="cannot read gone.yaml: No such file or directory"):
         load(Path("gone.yaml"), [], registry)

@@ -14,6 +14,7 @@ from posttrain.config import RewardEntry
 from posttrain.recipes import RECIPES
 from posttrain.registry import discover
 from posttrain.schema import Settings
+from posttrain.synonyms import CALLED_HERE
 
 DOCS = Path(__file__).parents[2] / "docs"
 REGISTRY = discover()
@@ -50,6 +51,14 @@ def exists(parts: Sequence[str], cls: Any = Settings) -> bool:
         return own or any(is_dataclass(c) and exists(rest, c) for c in components)
     hint = hints_of(cls)[parts[0]]
     return any(is_dataclass(h) and exists(rest, h) for h in (hint, *get_args(hint)))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), CALLED_HERE.items())
+def test_what_errors_say_of_keys_elsewhere_is_in_a_table(theirs: str, ours: str) -> None:
+    """Some row holds their key, with or without its block, and ours; a word that we use ourselves is no synonym."""
+    rows = tables((DOCS / "coming_from.md").read_text())
+    assert any(theirs in [name.rpartition(".")[2] for name in named(row[0])] and ours in {
+        name.partition(":")[0] for name in named(row[1])} for row in rows)
 
 
 @pytest.mark.parametrize("key", OURS)

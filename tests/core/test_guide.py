@@ -10,6 +10,7 @@ it, and by nothing else; a page by `<!-- needs: PACKAGE -->`, where that is not 
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from importlib import invalidate_caches
 from pathlib import Path
@@ -27,7 +28,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from posttrain import cli, config, testing
+from posttrain import cli, config, data, ops, testing
 from posttrain.errors import PosttrainError
 from posttrain.hookspecs import ENTRY_POINT_GROUP, KINDS
 from posttrain.registry import discover
@@ -257,6 +258,48 @@ def test_little_is_left_out_and_lines_are_short() -> None:
     for page in PAGES:
         for number, line in enumerate((GUIDE / f"{page}.md").read_text("utf-8").splitlines(), start=1):
             assert len(line) <= 145, f"{page}.md:{number} has {len(line)} characters"
+
+
+def public_functions() -> Iterator[tuple[str, inspect.Signature]]:
+    """Names and signatures of what `posttrain.ops` offers."""
+    for name, made in vars(ops).items():
+        if inspect.isfunction(made) and made.__module__ == ops.__name__ and not name.startswith("_"):
+            yield name, inspect.signature(made)
+
+
+def test_the_page_of_operations_lists_each_with_its_parameters() -> None:
+    text = (GUIDE / "ops.md").read_text("utf-8")
+    for name, signature in public_functions():
+        shown = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}"
+                          for p in signature.parameters.values())
+        assert f"| `{name}({shown})` |" in text, f"ops.md does not list {name}({shown})"
+    for member in fields(ops.Ops):
+        assert re.search(rf"^\| `ops\.{member.name}\b", text, re.MULTILINE), f"ops.md does not list ops.{member.name}"
+
+
+def test_the_page_of_objectives_lists_every_column_of_a_batch() -> None:
+    text = (GUIDE / "objective.md").read_text("utf-8")
+    rows = "".join(line for line in text.splitlines(keepends=True) if line.startswith("|"))
+    left_out = {"constants"}  # no objective's business: a place for numbers of core
+    assert [f.name for f in fields(data.MicroBatch) if f.name not in left_out and f"{f.name}`" not in rows] == []
+
+
+def test_toy_runs_have_answers_of_several_actions() -> None:
+    """With one action per episode, a number per episode passes for one per action."""
+    shown = [(block.place, yaml.safe_load(block.text)) for page in PAGES for block in blocks(page)
+             if block.language == "yaml" and not block.left_out]
+    lengths = {place: text["rollout"]["max_new_tokens"] for place, text in shown
+               if isinstance(text, dict) and "max_new_tokens" in (text.get("rollout") or {})}
+    assert len(lengths) > 8 and min(lengths.values()) > 1, lengths
+
+
+def test_contracts_and_tests_that_pages_name_are_there() -> None:
+    there = {name for contract in testing.__all__ for name in dir(getattr(testing, contract))}
+    for page in PAGES:
+        text = (GUIDE / f"{page}.md").read_text("utf-8")
+        assert set(re.findall(r"\b[A-Z]\w*Contract\b", text)) <= set(testing.__all__), page
+        named = set(re.findall(r"[\"'`](test_\w+)[\"'`]", text))
+        assert named <= there, f"{page}.md names {sorted(named - there)}"
 
 
 def test_a_pyproject_is_of_this_interface() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import doctest
+import json
 import keyword
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -175,6 +177,58 @@ def test_its_configuration_can_be_read(package: tuple[Path, Registry], request: 
     root, registry = package
     loaded = load(root / "train.yaml", [], registry)
     assert any(c.target.startswith("posttrain_fresh_") for c in loaded.components.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_toy_run_tells_actions_from_episodes(kind: str) -> None:
+    """With one action per episode, a number per episode passes for one per action. A task's prompts end as its answers
+    do, so a policy that sees one token cannot learn to stop."""
+    text = yaml.safe_load(texts(kind, "my_thing")["train.yaml"])
+    assert text["rollout"]["max_new_tokens"] == (1 if kind == "task" else 2)
+
+
+@pytest.mark.parametrize("package", ["estimator", "backend"], indirect=True)
+def test_its_toy_run_learns(package: tuple[Path, Registry], capsys: pytest.CaptureFixture[str]) -> None:
+    """To stop, too; all kinds in an environment of their own: `tests/integration/test_authors_packages.py`."""
+    root, _ = package
+    plugin = f"{root.name.replace('-', '_')}.plugin"
+    code = cli.main(["train", str(root / "train.yaml"), f"run={root / 'run'}", f"plugins=[posttrain.toy,{plugin}]",
+                     "--quiet"])
+    assert code == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rewards = [line["reward/mean"] for line in lines]
+    assert rewards[0] < 0.2 and min(rewards[-5:]) > 0.95 and lines[0]["episode/length"] > 1.5
+
+
+@pytest.mark.parametrize("package", KINDS, indirect=True)
+def test_paths_among_its_fields_are_relative_to_the_configuration(package: tuple[Path, Registry]) -> None:
+    """Fields that hold paths say so; `file` of the tracker is a name in the run directory."""
+    _, registry = package
+    own = [c for c in registry.components() if c.target.startswith("posttrain_fresh_")]
+    assert own
+    for component in own:
+        for f in fields(registry.load(component)):
+            assert f.metadata.get("path", False) == (f.name in ("weights", "path", "directory")), f.name
+
+
+@pytest.mark.parametrize("package", ["backend"], indirect=True)
+def test_weights_of_a_configuration_elsewhere_are_found_beside_it(
+        package: tuple[Path, Registry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, registry = package
+    (root / "saved").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = (root / "train.yaml").read_text("utf-8").replace("rank: 4", "rank: 4, weights: saved")
+    (root / "again.yaml").write_text(text, "utf-8")
+    assert Path(load(root / "again.yaml", [], registry).settings.policy.weights) == root / "saved"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_readme_says_what_is_still_the_templates(kind: str) -> None:
+    text = " ".join(texts(kind, "my_thing")["README.md"].split())
+    change = text[text.index("## Change"):text.index("## Publish")]
+    assert "| `train.yaml` |" in change
+    assert "The summary and the source in `plugin.py`" in change and "until you change them" in change
 
 
 @pytest.mark.parametrize("package", ["estimator", "kl", "reward", "backend"], indirect=True)

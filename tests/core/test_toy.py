@@ -72,6 +72,19 @@ def test_learns_the_right_letters_in_thirty_steps(tmp_path: Path) -> None:
     assert len(found) == 30 and found[0] < 0.4 and np.mean(found[-3:]) > 0.99
 
 
+def test_a_run_leaves_its_report_and_outlives_a_page_that_cannot_be_made(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    finished = posttrain.train(config(tmp_path, "whole", steps=2), output="quiet")
+    assert (finished.directory / "report.html").read_text().startswith("<!doctype html>")
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no curve")
+    monkeypatch.setattr("posttrain.run.write_page", broken)
+    finished = posttrain.train(config(tmp_path, "without", steps=2), output="quiet")
+    assert finished.state.step == 2 and not (finished.directory / "report.html").exists()
+    assert "no report was written: no curve; try again: posttrain report" in caplog.text
+
+
 def test_learns_from_its_first_step(tmp_path: Path) -> None:
     """Without a warm-up the first step has the full rate."""
     run = posttrain.train(config(tmp_path, steps=1), output="quiet")

@@ -105,7 +105,9 @@ def points(client: Any, run: str, metric: str) -> list[tuple[int, float, int]]:
 
 
 def only_run(client: Any) -> Any:
-    (run,) = client.search_runs([client.get_experiment_by_name("posttrain").experiment_id])
+    experiment = client.get_experiment_by_name("posttrain")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development", "its pages show training"
+    (run,) = client.search_runs([experiment.experiment_id])
     return run
 
 

@@ -1,6 +1,6 @@
 """Plain values (of a YAML file, a dict) into dataclasses, as their annotations ask; every misfit is reported.
 
-Knows types, and nothing of components or of where values come from.
+Knows types and what keys are called elsewhere, and nothing of components or of where values come from.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from posttrain.errors import InputError, did_you_mean
+from posttrain.synonyms import called_here
 
 Key = tuple[str | int, ...]
 """A path in a tree of values: `("rollout", "engine")`."""
@@ -46,7 +47,8 @@ def construct(cls: Any, values: Mapping[str, Any], key: Key, report: Report, wha
     for name, value in values.items():
         at = (*key, name)
         if name not in known:
-            hint = did_you_mean(name, known) or f"; known: {', '.join(known) or 'none'}"
+            hint = called_here(name, dotted(key)) or did_you_mean(name, known)
+            hint = hint or f"; known: {', '.join(known) or 'none'}"
             note(at, f"{dotted(at)} is not {what}{hint}")
         elif special is not None and "kind" in known[name].metadata:
             found[name] = special(known[name], value, at)
@@ -54,6 +56,12 @@ def construct(cls: Any, values: Mapping[str, Any], key: Key, report: Report, wha
             found[name] = construct(hints[name], value, at, note, special=special)
         else:
             found[name] = convert(hints.get(name, Any), value, at, note)
+    missing = [name for name, f in known.items() if f.default is MISSING is f.default_factory and name not in values]
+    for name in missing:
+        note(key, f"{dotted(key)}: field '{name}' of {cls.__name__} needs a default, or a value in the configuration "
+                  f"({dotted((*key, name))})".removeprefix(": "))
+    if missing:
+        return None
     try:
         made = cls(**found)
         return None if noted else made

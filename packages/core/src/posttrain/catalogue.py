@@ -82,8 +82,8 @@ def listing(registry: Registry, kind: str = "") -> dict[str, Any]:
 
 
 def remedy(foreign: Foreign) -> str:
-    """What to do about a plugin for another version of the plugin interface."""
-    return f"install {foreign.distribution}'s version for '{ENTRY_POINT_GROUP}', or uninstall it"
+    """What to do about a plugin in another group of entry points."""
+    return foreign.misnamed or f"install {foreign.distribution}'s version for '{ENTRY_POINT_GROUP}', or uninstall it"
 
 
 @dataclass(frozen=True, slots=True)

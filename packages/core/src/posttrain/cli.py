@@ -370,8 +370,9 @@ def _warn(registry: Registry) -> None:
 
     _report(registry.broken)
     for foreign in registry.foreign:
-        print(f"IGNORED plugin {foreign.distribution}: it is written for '{foreign.group}', another version of the "
-              f"plugin interface\n  -> {remedy(foreign)}", file=sys.stderr)
+        why = foreign.misnamed and "no such group of entry points is read"
+        why = why or f"it is written for '{foreign.group}', another version of the plugin interface"
+        print(f"IGNORED plugin {foreign.distribution}: {why}\n  -> {remedy(foreign)}", file=sys.stderr)
     for left in registry.left_out:
         print(f"left out by {left.by}: {left.distribution}", file=sys.stderr)
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
+from typing import Any
 
+from posttrain.annotations import dotted
 from posttrain.comm import SingleProcess
 from posttrain.config import SHARED_CRITIC, Loaded
-from posttrain.errors import ConfigError, PosttrainError, Problem
+from posttrain.errors import ConfigError, PluginError, PosttrainError, Problem
+from posttrain.layers import slots
 from posttrain.loss import KLTerm, Measured, Sum
 from posttrain.progress import doing
 from posttrain.protocols import (
@@ -30,6 +33,7 @@ from posttrain.protocols import (
 from posttrain.registry import Registry
 from posttrain.rewards.pool import Pool
 from posttrain.schema import Settings
+from posttrain.shape import PROTOCOLS, misshapen
 from posttrain.state import RunState
 from posttrain.supervised import require_answers
 from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of
@@ -60,8 +64,31 @@ def needs_of(settings: Settings) -> frozenset[Need]:
     return needs
 
 
+def chosen(settings: Settings) -> Iterator[tuple[str, str, Any]]:
+    """Key, kind and component of every part but the rewards, which are plain functions as a rule."""
+    for key, meta in slots():
+        held: Any = settings
+        for name in key:
+            held = getattr(held, str(name))
+        found = {(*key, name): part for name, part in held.items()} if meta.get("many") else {key: held}
+        if meta["kind"] != "reward":
+            yield from ((dotted(at), meta["kind"], part) for at, part in found.items()
+                        if part is not None and part != SHARED_CRITIC)
+
+
+def check_shapes(loaded: Loaded) -> None:
+    """Raise `PluginError` with all in which components are not what their kind asks for."""
+    problems = [replace(problem, message=f"{key} '{_name(loaded, key)}' is no {kind}: {problem.message}")
+                for key, kind, part in chosen(loaded.settings) for problem in misshapen(part, PROTOCOLS[kind])]
+    if problems:
+        raise PluginError(problems, "components are not what their kind asks for:" if len(problems) > 1 else "",
+                          "what each kind asks for: posttrain.protocols; posttrain.testing has a contract for each")
+
+
 def check(loaded: Loaded) -> None:
-    """Raise `ConfigError` with everything that does not fit together. Loads nothing."""
+    """Raise `PluginError` for components without the shape of their kind, else `ConfigError` with everything that does
+    not fit together. Loads nothing."""
+    check_shapes(loaded)
     settings = loaded.settings
     problems = [Problem("task is not set; name the rows to learn from (task: {use: rows, path: data.jsonl})")
                 ] if settings.task is None else []
@@ -270,7 +297,8 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
         workers=workers, columns=columns, estimator=settings.estimator,
         correction=settings.correction, combiner=settings.combiner,
         gradient_combiner=settings.gradient_combiner, kl=settings.kl, batching=settings.batching,
-        comm=request.comm, needs=needs)
+        comm=request.comm, needs=needs,
+        names={key: component.name for key, component in loaded.components.items()})
 
 
 def check_prompts(sampler: Sampler, source: PromptSource, settings: Settings) -> None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain import named
 from posttrain.annotations import Key, construct, dotted
-from posttrain.errors import ConfigError, InputError, Problem, did_you_mean
+from posttrain.errors import ConfigError, InputError, PluginError, Problem, did_you_mean
 from posttrain.hookspecs import IN_FILE, Component
 from posttrain.layers import (
     Layer,
@@ -45,6 +45,8 @@ from posttrain.schema import Settings
 
 SHARED_CRITIC = "policy"
 """`critic: policy` names no component: values come from a head on the policy's trunk."""
+_DEFAULT = "default"
+"""Where a value stands that nobody wrote."""
 _ABSENT = (None, {"use": "none"})
 """A key of a component that holds none."""
 
@@ -119,7 +121,7 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[str], registry: R
     settings = builder.settings(values)
     if reading.problems or settings is None:
         title = f"{source if isinstance(source, Path) else 'the configuration'} cannot be run:"
-        problems = sorted(reading.problems, key=_line)
+        problems = _told(reading.problems, builder.beside)
         raise ConfigError(problems, title if len(problems) > 1 else "")
     return Loaded(settings, OmegaConf.create(tree), builder.components, reading.files, registry, base,
                   source.stem if isinstance(source, Path) else "run")
@@ -175,7 +177,7 @@ def _merged(source: Path | Mapping[str, Any], overrides: Sequence[str],
     base = source.resolve().parent if isinstance(source, Path) else Path.cwd()
     given += [layer for text in overrides for layer in read_setting(text, Path.cwd(), reading)]
     chosen = next((layer for layer in reversed(given) if "recipe" in layer.tree), None)
-    layers = [_layer(_defaults(Settings), "default", base)]
+    layers = [_layer(_defaults(Settings), _DEFAULT, base)]
     if chosen is not None and (name := chosen.tree["recipe"]) is not None:
         if name in RECIPES:
             layers.append(_layer(RECIPES[name].settings, f"recipe {name}", base))
@@ -224,6 +226,8 @@ class _Builder:
     tree: dict[str, Any]
     reading: Reading
     components: dict[str, Component] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    """What may lie behind names that were not found (plugins that are broken) -> where such a name was written."""
 
     def problem(self, key: Key, message: str) -> None:
         """Note what is wrong, with the place where `key` was written."""
@@ -305,7 +309,10 @@ class _Builder:
             given = self.located(self.registry.load(component), given, key)
         except InputError as error:
             python = "; it was a Python object: write it as file: path.py:name" if name.startswith("<python: ") else ""
-            return self.problem((*key, "use"), f"{error}{python}")
+            first, *behind = error.problems if isinstance(error, PluginError) else (error,)
+            for text in map(str, behind):
+                self.beside[text] = where(self.marks, (*key, "use"))
+            return self.problem((*key, "use"), f"{first}{python}")
         self.components[dotted(key)] = component
         return self.registry.build(component, given, key, self.problem)
 
@@ -359,6 +366,14 @@ class _Builder:
             return partial(target, **given) if given else target
         made = target(**given)
         return self.registry.create("task", "rows", rows=tuple(made)) if isinstance(made, list | tuple) else made
+
+
+def _told(problems: Sequence[Problem], beside: Mapping[str, str]) -> list[Problem]:
+    """Problems in the order of lines, then what lies `beside` them (text -> place). Those of defaults that nobody wrote
+    are left out where there are others: they may follow from them."""
+    written = [problem for problem in problems if problem.where != _DEFAULT]
+    return sorted(written or problems, key=_line) + [
+        Problem(text) for text, place in beside.items() if place != _DEFAULT or not written]
 
 
 def _line(problem: Problem) -> tuple[str, int]:

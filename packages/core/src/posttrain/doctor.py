@@ -221,7 +221,8 @@ def plugins(registry: Registry) -> Iterator[Finding]:
     for broken in registry.broken:
         yield Finding("plugins", broken.distribution, broken.error, "broken", broken.remedy)
     for foreign in registry.foreign:
-        yield Finding("plugins", foreign.distribution, f"is written for '{foreign.group}'; ignored", "note",
+        why = f"is in the group '{foreign.group}'" if foreign.misnamed else f"is written for '{foreign.group}'"
+        yield Finding("plugins", foreign.distribution, f"{why}; ignored", "note",
                       remedy(foreign))
     for left in registry.left_out:
         yield Finding("plugins", left.distribution, f"is left out by {left.by}", "note", f"unset {left.by} to have it")

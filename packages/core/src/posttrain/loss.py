@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+from posttrain import answers
 from posttrain.batching import coarsest
 from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
 from posttrain.errors import ConfigError
@@ -138,14 +139,20 @@ class Sum:
         return Weights(*(first(name) for name in ("weight", "kl_weight", "value_weight")))
 
     def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
-        own = self.parts[0](ops, out, batch, coef)
+        own = _loss_of(self.parts[0], ops, out, batch, coef)
         terms, metrics = dict(own.terms), dict(own.metrics)
         slot = SHARED if len(self.slots) > 1 else self.slots[0]
         for part in self.parts[1:]:
-            added = part(ops, out, batch, coef)
+            added = _loss_of(part, ops, out, batch, coef)
             if twice := sorted((terms.keys() & added.terms.keys()) | (metrics.keys() & added.metrics.keys())):
                 raise ConfigError([f"two parts of the loss have a term or metric called '{name}'; an objective beside "
                                    "which core adds its own must call its own otherwise" for name in twice])
             terms.update({name: replace(term, slot=slot) for name, term in added.terms.items()})
             metrics.update(added.metrics)
         return Loss(terms, metrics)
+
+
+def _loss_of(part: Objective, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
+    """The loss of one part. Raises `PluginError` for one that is none, or that reads what it does not declare."""
+    who = f"objective {type(part).__name__}"
+    return answers.loss(who, answers.asked(who, part, (ops, out, batch, coef), "needs and outputs", out, batch))

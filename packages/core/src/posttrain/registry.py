@@ -37,11 +37,25 @@ ALLOW, BLOCK = "POSTTRAIN_PLUGINS", "POSTTRAIN_BLOCK"
 TRACE = "POSTTRAIN_TRACE_HOOKS"
 """Environment variable: where set, and not to 0, every call of a hook is told on stderr."""
 
+HOOKS = ("components", "commands", "run_started", "step_finished", "run_finished")
+"""What a plugin may implement; see `hookspecs`."""
+
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 """What a component may be called: a configuration, a command line and `distribution/name` can say it."""
 
+_VERSIONED = re.compile(rf"{PROJECT}\.v\d+")
+"""Groups of entry points of some version of the plugin interface."""
+_ALIKE = re.compile(rf"{PROJECT}([._-].*)?", re.IGNORECASE)
+"""Groups that may be meant for one."""
+
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import names that are not the name of their distribution."""
+
+
+FRAMEWORKS = frozenset({
+    "accelerate", "datasets", "flax", "jax", "matplotlib", "mlflow", "onnx", "onnxruntime", "optuna", "pandas", "peft",
+    "pyarrow", "scipy", "tensorflow", "tokenizers", "torch", "transformers", "triton", "vllm", "wandb"})
+"""What a module that declares a component does not import: listing and help must stay quick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +81,19 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A distribution whose plugins are all for another version of the plugin interface: reported, never imported."""
+    """A distribution whose plugins are all in another group of entry points, for another version of the plugin
+    interface or by a slip of the pen: reported, never imported."""
 
     distribution: str
     group: str
+
+    @property
+    def misnamed(self) -> str:
+        """What is wrong with a group that names no version of the interface; empty where it names one."""
+        if _VERSIONED.fullmatch(self.group):
+            return ""
+        return (f"{self.distribution} declares its plugin in the group '{self.group}'; did you mean "
+                f"'{ENTRY_POINT_GROUP}'?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +172,17 @@ class Registry:
         found = [(p, c) for p in self.plugins for c in p.components if (c.kind, c.name) == (kind, bare)
                  and (not distribution or canonical(p.distribution) == canonical(distribution))]
         if not found:
-            raise PluginError([self._not_found(kind, name)])
+            raise PluginError(self._not_found(kind, name))
         if len(found) > 1:
             raise PluginError([f"{kind} '{name}' is {_ambiguous(found)}"])
         return found[0][1]
 
-    def _not_found(self, kind: str, name: str) -> str:
+    def _not_found(self, kind: str, name: str) -> list[str]:
+        """That there is none of the name, then the plugins that may have it but offer nothing."""
         from posttrain.known import elsewhere, nearest  # only an error reads the index
 
         if known := elsewhere(self, kind, name):
-            return known
+            return [known]
         names = self.names(kind)
         near = get_close_matches(name.rpartition("/")[2], names, n=1)
         owner = " ".join(self.provider(next(c for c in self.components(kind) if c.name == near[0]))) if near else ""
@@ -167,20 +191,26 @@ class Registry:
         other = [c.kind for c in self.components() if c.name == name]
         text += f"; '{name}' is declared with kind '{other[0]}'" if other and not near else ""
         text += f"  installed: {', '.join(names[:8]) or 'none'}{', ...' if len(names) > 8 else ''}"
-        broken = ", ".join(b.distribution for b in self.broken)
-        return text + f"  all: posttrain plugins {kind}" + (f"  broken plugins: {broken}" if broken else "")
+        return [f"{text}  all: posttrain plugins {kind}",
+                *(f"broken plugin {b.distribution}: {b.error}" for b in self.broken),
+                *(foreign.misnamed for foreign in self.foreign if foreign.misnamed)]
 
     def load(self, component: Component) -> Any:
         """The class (or function) that `component` names, imported now. Raises `PluginError`."""
         module, _, attribute = component.target.partition(":")
+        broken = f"{component.kind} '{component.name}' ({self.provider(component)[0]}) is broken: "
         with self.importing(component), redirect_stdout(sys.stderr):
             try:
-                return getattr(importlib.import_module(module), attribute)
+                found = importlib.import_module(module)
             except ModuleNotFoundError:
                 raise
             except (Exception, SystemExit) as error:
-                raise PluginError([f"{component.kind} '{component.name}' ({self.provider(component)[0]}) is broken: "
-                                   f"{component.target}: {reason(error)}"]) from error
+                raise PluginError([f"{broken}{shown(component.target)}: {reason(error)}"]) from error
+            try:
+                return getattr(found, attribute)
+            except AttributeError as error:
+                near = did_you_mean(attribute, [name for name in vars(found) if not name.startswith("_")])
+                raise PluginError([f"{broken}{shown(module)} has no '{attribute}'{near}"]) from error
 
     @contextmanager
     def importing(self, component: Component) -> Iterator[None]:
@@ -191,7 +221,7 @@ class Registry:
             distribution, package = self.provider(component)[0], (error.name or "").partition(".")[0]
             what = f"{component.kind} '{component.name}'"
             if package in ("", component.target.partition(".")[0].partition(":")[0]):
-                raise PluginError([f"{what} ({distribution}) is broken: {component.target}: {error}"]) from error
+                raise PluginError([f"{what} ({distribution}) is broken: {shown(component.target)}: {error}"]) from error
             raise PluginError([f"{what} needs {package}, which is not installed: "
                                f"{_install_hint(distribution, package, component)}"]) from error
 
@@ -211,7 +241,7 @@ class Registry:
             return report(key, f"{component.kind} '{component.name}' ({owner}) is broken: {fault}")
         if not _has_fields(target) and values:
             return report((*key, next(iter(values))), f"{dotted(key)}: {component.name} takes no fields, since "
-                          f"{component.target} is no dataclass; given: {', '.join(map(str, values))}")
+                          f"{shown(component.target)} is no dataclass; given: {', '.join(map(str, values))}")
         if not _has_fields(target):
             return _made(target, key, report) if isinstance(target, type) else target  # or a plain function
         return construct(target, {**component.defaults, **values}, key, report, f"a field of {component.name}")
@@ -253,7 +283,7 @@ def _chosen(points: Iterable[metadata.EntryPoint], environ: Mapping[str, str],
     """Which plugins to import, as (distribution, version, entry point), and which not; in the order of their names."""
     allowed, blocked = _distributions(environ.get(ALLOW, "")), _distributions(environ.get(BLOCK, ""))
     chosen, foreign, left_out = [], [], []
-    ours = [(*_owner(point), point) for point in points if point.group.startswith(f"{PROJECT}.v")]
+    ours = [(*_owner(point), point) for point in points if _ALIKE.fullmatch(point.group)]
     fitting = {canonical(name) for name, _, point in ours if point.group == ENTRY_POINT_GROUP}
     for name, version, point in sorted(ours, key=lambda p: (p[2].group, p[0], p[1], p[2].name)):
         if canonical(name) in blocked:
@@ -270,15 +300,16 @@ def _chosen(points: Iterable[metadata.EntryPoint], environ: Mapping[str, str],
 def import_file(path: Path) -> ModuleType:
     """The module in the file at `path`. A file that did not change is executed once."""
     source = path.read_bytes()
-    name = f"{IN_FILE}{path.stem}_{hashlib.sha256(bytes(path.resolve()) + source).hexdigest()[:12]}"
+    stem = re.sub(r"\W", "_", path.stem)  # what a target names must be an identifier
+    name = f"{IN_FILE}{stem}_{hashlib.sha256(bytes(path.resolve()) + source).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    try:  # not by the loader: its cache takes a file that changed within a second for the old one
+        exec(compile(source, str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
@@ -288,12 +319,12 @@ def import_file(path: Path) -> ModuleType:
 def misfit(component: Component, target: Any) -> str:
     """What is wrong with a component beside its target, imported; empty where nothing is."""
     if not callable(target):
-        return f"{component.target} is no class and no function, but {target!r}"
+        return f"{shown(component.target)} is no class and no function, but {target!r}"
     if not _has_fields(target):
-        return f"it has defaults, but {component.target} is no dataclass" if component.defaults else ""
+        return f"it has defaults, but {shown(component.target)} is no dataclass" if component.defaults else ""
     known = [f.name for f in fields(target) if f.init]
     wrong = [f"'{name}'{did_you_mean(name, known)}" for name in component.defaults if name not in known]
-    return f"its defaults name what is no field of {component.target}: {', '.join(wrong)}" if wrong else ""
+    return f"its defaults name what is no field of {shown(component.target)}: {', '.join(wrong)}" if wrong else ""
 
 
 def _made(target: type, key: Key, report: Report) -> Any:
@@ -408,10 +439,11 @@ def _remedy(name: str, environ: Mapping[str, str]) -> str:
 
 
 def _installed() -> tuple[list[metadata.EntryPoint], tuple[Broken, ...]]:
-    """Entry points of this plugin interface, whatever its version, and distributions whose metadata cannot be read."""
+    """Entry points of this plugin interface, whatever its version, or of a group that is called almost so, and
+    distributions whose metadata cannot be read."""
     try:
         points = metadata.entry_points()
-        groups = [group for group in points.groups if group.startswith(f"{PROJECT}.v")]
+        groups = [group for group in points.groups if _ALIKE.fullmatch(group)]
         return [point for group in groups for point in points.select(group=group)], ()
     except Exception:  # of any distribution; each is looked at on its own, which takes longer
         return _one_by_one()
@@ -432,7 +464,7 @@ def _one_by_one() -> tuple[list[metadata.EntryPoint], tuple[Broken, ...]]:
             broken[key] = Broken(name, f"its entry_points.txt cannot be read: {type(error).__name__}: {error}",
                                  f"install it anew: pip install --force-reinstall --no-deps {name}")
     every = [point for found in points.values() for point in found]
-    return [point for point in every if point.group.startswith(f"{PROJECT}.v")], tuple(broken.values())
+    return [point for point in every if _ALIKE.fullmatch(point.group)], tuple(broken.values())
 
 
 def _owner(point: metadata.EntryPoint) -> tuple[str, str]:
@@ -461,13 +493,28 @@ def _distributions(text: str) -> frozenset[str]:
 
 def reason(error: BaseException) -> str:
     """An exception in one line, with the place in the plugin where it was raised."""
-    text = " ".join(str(error).split())
+    text = shown(" ".join(str(error).split()))
     if isinstance(error, pluggy.PluginValidationError):
-        text += "; the hooks are components, commands, run_started, step_finished, run_finished"
+        unknown = re.match(r"unknown hook '(\w+)'", text)
+        text = f"{unknown[0]}{did_you_mean(unknown[1], HOOKS)}" if unknown else text
+        text += f"; the hooks are {', '.join(HOOKS)}"
     ours = ("<", __file__, str(Path(pluggy.__file__).parent), str(Path(importlib.__file__).parent))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {text}".removesuffix(": ") + place
+    heavy = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in FRAMEWORKS
+    advice = "; import it inside the function that computes" if heavy else ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ") + place + advice
+
+
+def shown(text: str) -> str:
+    """A text in which a module that was imported from a file alone is called by its file.
+
+    >>> shown("posttrain_file_part_20ecb805482a:Part")
+    'part.py:Part'
+    """
+    def file(name: re.Match[str]) -> str:
+        return Path(str(getattr(sys.modules.get(name[0]), "__file__", f"{name[1]}.py"))).name
+    return re.sub(IN_FILE + r"(\w+?)_[0-9a-f]{12}", file, text)
 
 
 def optional_requirements(distribution: str) -> list[tuple[str, str, str]]:

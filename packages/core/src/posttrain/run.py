@@ -27,7 +27,8 @@ from posttrain.named import distribution_of
 from posttrain.progress import doing
 from posttrain.protocols import TrackerSession
 from posttrain.registry import Broken, Registry, discover
-from posttrain.rundir import CONFIG, RunDirectory, describe, require_run
+from posttrain.report.page import write_page
+from posttrain.rundir import CONFIG, REPORT, RunDirectory, describe, require_run
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.steps import episode_rewards
@@ -208,9 +209,20 @@ def _go(run: Run, parts: Parts, files: RunDirectory, registry: Registry) -> Run:
         error = raised
         raise
     finally:
+        if run.state.step > 0:
+            _report(files.path)
         session.finished(error)
         _warn(registry.hooks.run_finished(run, error))
     return run
+
+
+def _report(directory: Path) -> None:
+    """Write `report.html` into the run directory, for whoever looks there and for trackers to attach; a page that
+    cannot be made must not cost the run."""
+    try:
+        write_page([directory], directory / REPORT)
+    except Exception as error:
+        log.warning("no report was written: %s; try again: posttrain report %s", error, directory)
 
 
 def _warn(broken: Sequence[Broken]) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 CONFIG, MANIFEST, METRICS, SAMPLES = "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"
+REPORT = "report.html"
 
 TIMING = "timing/"
 """Prefix of metrics that may differ between two equal runs."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from posttrain import answers
 from posttrain.batching import plan_by_group, smaller_budget
 from posttrain.data import (
     FINISH,
@@ -122,22 +124,28 @@ def episodes_of(rollouts: Rollouts, column: str, notes: Annotations, row: int = 
 
 def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, columns: Sequence[str], *,
                correction: Correction | None = None, combiner: Combiner[Any] | None = None, combiner_state: Any = None,
-               penalty: np.ndarray | None = None) -> Signal:
+               names: Mapping[str, str] = MappingProxyType({}), penalty: np.ndarray | None = None) -> Signal:
     """Run the estimator once per reward column, combine or stack, and correct for the sampler.
 
     Several columns without a combiner give one row of advantages per column, for gradients to be combined.
+    `names` are what the configuration calls the components, by kind. Raises `PluginError` for a wrong answer of one.
     """
     estimates = {}
+    who = answers.title("estimator", estimator, names)
     for row, column in enumerate(columns):
         episodes, chosen = episodes_of(rollouts, column, notes, row if len(columns) > 1 else 0, penalty)
-        estimates[column] = _on_all_actions(estimator(episodes), chosen, int(rollouts.is_action.sum()))
+        estimate = answers.estimate(who, answers.asked(who, estimator, (episodes,), "needs", episodes),
+                                    episodes.n_episodes, len(chosen), _place(rollouts, chosen))
+        estimates[column] = _on_all_actions(estimate, chosen, int(rollouts.is_action.sum()))
     targets = [e.targets for e in estimates.values() if e.targets is not None]
     keep: np.ndarray = np.any(np.stack([to_numpy(e.keep) for e in estimates.values()]), axis=0)
     metrics = Metrics()
     for column, estimate in estimates.items():
         metrics += estimate.metrics.prefixed(column) if len(columns) > 1 else estimate.metrics
     if combiner is not None:
-        mixed = combiner.combine(estimates, combiner_state)
+        who, everything = answers.title("combiner", combiner, names), np.arange(len(keep))
+        mixed = answers.estimate(who, combiner.combine(estimates, combiner_state), rollouts.n_episodes, len(keep),
+                                 _place(rollouts, everything), indexable=False)
         rows, metrics = mixed.advantages, metrics + mixed.metrics
         keep = keep if mixed.keep is None else to_numpy(mixed.keep).copy()
     else:
@@ -146,12 +154,23 @@ def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, col
     weight = np.ones(len(keep))
     if correction is not None:
         episodes, chosen = episodes_of(_without_rewards(rollouts, columns), ANY_REWARD, notes)
-        corrected = correction(episodes)
+        who = answers.title("correction", correction, names)
+        corrected = answers.corrected(who, answers.asked(who, correction, (episodes,), "needs", episodes),
+                                      episodes.n_episodes, len(chosen), _place(rollouts, chosen))
         weight[chosen] = to_numpy(corrected.weight)
         keep[chosen] &= to_numpy(corrected.keep)
         metrics = metrics + corrected.metrics
     return Signal(advantages=rows, keep=keep, correction=weight, metrics=metrics,
                   targets=np.stack(targets) if targets else None)
+
+
+def _place(rollouts: Rollouts, chosen: np.ndarray) -> answers.Place:
+    """Where the i-th of some actions comes from: its episode, and the row of the episode's prompt."""
+    def place(i: int) -> str:
+        e = int(rollouts.action_episode[chosen[i]])
+        row = rollouts.prompts[e].where
+        return f"episode {e}, row {row}" if row else f"episode {e}"
+    return place
 
 
 def _without_rewards(rollouts: Rollouts, columns: Sequence[str]) -> Rollouts:

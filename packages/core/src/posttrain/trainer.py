@@ -86,6 +86,8 @@ class Parts:
     batching: Batching
     comm: Comm
     needs: frozenset[Need]
+    names: Mapping[str, str]
+    """What the configuration calls the components, by key: for errors."""
 
     @property
     def policy(self) -> Learner:
@@ -110,7 +112,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     metrics += sampler_gap(rollouts, notes) + lag(rollouts, parts.policy.version)
     penalty = kl_penalty(parts.kl, state.kl.coef, notes) if parts.kl.placement == "reward" else None
     signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
-                        combiner=parts.combiner, combiner_state=state.combiner, penalty=penalty)
+                        combiner=parts.combiner, combiner_state=state.combiner, names=parts.names, penalty=penalty)
     coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef}
     schedule = Schedule(settings.update.steps_per_rollout, settings.update.epochs, (settings.seed, step, 2))
     with phases("update"):

@@ -208,7 +208,7 @@ def _together(entry: Entry, scores: _Scores, rows: Sequence[int], result: Failed
         return
     match result:
         case Raised():
-            message = _said(entry, result, " on the rows of this step together, though on none of them alone,")
+            message = said(entry, result, " on the rows of this step together, though on none of them alone,")
             raise RewardError(message) from Traceback(result.traceback)
         case Overdue(seconds):
             log.warning("reward '%s' took more than %g s on %d rows, though it hangs on none of them; its process was "
@@ -229,7 +229,7 @@ def _stop_if_too_many(entry: Entry, scores: _Scores, where: Sequence[str], rate:
     many = "" if fatal else (f"\n{len(by_row)} of {len(where)} rows failed, more than reward_workers.max_error_rate "
                              f"({rate:g}) allows; this is the first of them")
     cause = Traceback(failure.traceback) if isinstance(failure, Raised) else None
-    raise RewardError(_said(entry, failure, f" on row {where[row]}") + many) from cause
+    raise RewardError(said(entry, failure, f" on row {where[row]}") + many) from cause
 
 
 def _rule(entry: Entry, failure: Failed) -> Rule:
@@ -241,7 +241,7 @@ def _dropped(entry: Entry, scores: _Scores, group: np.ndarray, where: Sequence[s
     dropped = np.zeros(len(group), bool)
     for row, failure in sorted(scores.failures.items()):
         rule = _rule(entry, failure)
-        log.warning("%s", f"{_said(entry, failure, f' on row {where[row]}').splitlines()[0]}: {rule}")
+        log.warning("%s", f"{said(entry, failure, f' on row {where[row]}').splitlines()[0]}: {rule}")
         if rule == "drop_sample":
             dropped[row] = True
         if rule == "drop_group":
@@ -249,7 +249,7 @@ def _dropped(entry: Entry, scores: _Scores, group: np.ndarray, where: Sequence[s
     return dropped
 
 
-def _said(entry: Entry, failure: Failed, row: str) -> str:
+def said(entry: Entry, failure: Failed, row: str) -> str:
     """A failure in words, the first line what it is, the second how to mend it."""
     match failure:
         case Raised(error, place, _):

@@ -27,12 +27,9 @@ from hypothesis import HealthCheck, settings
 
 from posttrain.annotations import construct, hints_of, written
 from posttrain.catalogue import field_docs
-from posttrain.registry import Registry, discover
-
-FRAMEWORKS = frozenset({
-    "accelerate", "datasets", "flax", "jax", "matplotlib", "mlflow", "onnx", "onnxruntime", "optuna", "pandas", "peft",
-    "pyarrow", "scipy", "tensorflow", "tokenizers", "torch", "transformers", "triton", "vllm", "wandb"})
-"""What a module that declares a component does not import: listing and help must stay quick."""
+from posttrain.hookspecs import ENTRY_POINT_GROUP
+from posttrain.registry import FRAMEWORKS, Registry, discover
+from posttrain.shape import misshapen, protocol_members
 
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None, database=None,
                     suppress_health_check=list(HealthCheck))
@@ -98,6 +95,10 @@ class ComponentContract:
         assert cls.__dataclass_params__.frozen, f"{cls.__name__} must be frozen: @dataclass(frozen=True)"  # type: ignore[attr-defined]  # the standard library declares it in no stub
         assert getattr(cls, "__final__", False), f"{cls.__name__} must be final: from typing import final"
         if self.hashable:
+            bad = [f.name for f in config_fields(component) if not _hashable(getattr(component, f.name))]
+            assert not bad, (f"{cls.__name__}.{bad[0]} is {getattr(component, bad[0])!r}, which is not hashable, and "
+                             f"the {self.kind} must be (it may be a constant of a compiled function): for a list take "
+                             f"a tuple and annotate it tuple[...]")
             assert hash(component) == hash(pickle.loads(pickle.dumps(component)))
 
     def test_every_field_is_typed_defaulted_and_documented(self, component: Any) -> None:
@@ -109,6 +110,10 @@ class ComponentContract:
             assert f.name in hints, f"{where} has a type that cannot be evaluated: {f.type}"
             assert _has_default(f), f"{where} has no default"
             assert docs.get(f.name, "").strip(), f"{where} has no docstring: write one as a string under the field"
+        for name, value in _without_annotation(cls, self.protocol).items():
+            pytest.fail(f"{cls.__name__}.{name} has no annotation, so it is no field and no configuration can set it; "
+                        f"write {name}: {type(value).__name__} = {value!r}, or ClassVar[...] for a constant",
+                        pytrace=False)
 
     def test_is_described(self, component: Any) -> None:
         """`posttrain show` prints the docstring."""
@@ -124,7 +129,8 @@ class ComponentContract:
         problems: list[str] = []
         again = construct(type(component), yaml.safe_load(text) or {}, (), lambda _, message: problems.append(message))
         assert not problems, f"{named(component)} cannot be written as YAML:\n{text}{problems}"
-        assert again == component, f"{named(component)} became {again!r}"
+        changed = [f.name for f in config_fields(component) if getattr(again, f.name) != getattr(component, f.name)]
+        assert again == component, f"{named(component)} became {again!r}{_of_a_list(component, again, changed)}"
 
     def test_can_be_sent_to_another_process(self, component: Any) -> None:
         """Workers receive components by pickle."""
@@ -135,16 +141,8 @@ class ComponentContract:
         """Every call that core may write, by position or by name as the protocol has it, can be made."""
         if inspect.isfunction(component):
             return
-        for name, declared in protocol_members(self.protocol):
-            given = inspect.getattr_static(type(component), name, None)
-            assert given is not None or hasattr(component, name), \
-                f"{type(component).__name__} has no {name}, which {self.protocol.__name__} asks for"
-            if inspect.isfunction(declared):
-                assert callable(getattr(component, name)), f"{type(component).__name__}.{name} must be a method"
-                _require_callable_as(declared, getattr(component, name), f"{type(component).__name__}.{name}")
-            else:
-                value = getattr(component, name)
-                assert not inspect.ismethod(value), f"{type(component).__name__}.{name} must be a property"
+        faults = "; ".join(map(str, misshapen(component, self.protocol)))
+        assert not faults, faults
 
     # ---- how it is found
 
@@ -153,9 +151,13 @@ class ComponentContract:
         registry, cls = registry_of(self.plugins), component if inspect.isfunction(component) else type(component)
         declared = [c for c in registry.components(self.kind) if c.target.rpartition(":")[2] == cls.__qualname__]
         found = [c for c in declared if _same(registry.load(c), cls)]
-        broken = "; ".join(f"{b.distribution}: {b.error}" for b in registry.broken)
-        assert found, (f"no plugin declares {cls.__module__}:{cls.__qualname__} as {self.kind}; add it to components() "
-                       f"of the plugin, and name single files in `plugins` of the contract{broken and f' ({broken})'}")
+        broken = [f"{b.distribution}: {b.error}" for b in registry.broken]
+        foreign = [f"{f.distribution} has its entry point in the group '{f.group}'" for f in registry.foreign]
+        why = "; ".join([*broken, *foreign])
+        assert found, (f"no plugin that is found declares {cls.__module__}:{cls.__qualname__} as {self.kind}: it must "
+                       "stand in components() of the plugin, and the plugin must be found, by an entry point in the "
+                       f"group '{ENTRY_POINT_GROUP}' of an installed package (pip install --editable .), or as a file "
+                       f"or module that `plugins` of the contract names{f' ({why})' if why else ''}")
         for c in found:
             assert c.summary.strip(), f"{self.kind} '{c.name}' is declared without a summary"
             if isinstance(cls, type) and is_dataclass(cls):
@@ -216,10 +218,17 @@ def named(component: Any) -> str:
     """How a component is called in a report: `GAE(lam=0.9)`, the fields that differ from their defaults."""
     if not is_dataclass(component):
         return str(getattr(component, "__name__", type(component).__name__))
-    set_ = [f"{f.name}={getattr(component, f.name)!r}" for f in config_fields(component)
+    set_ = [f"{f.name}={_written(getattr(component, f.name))}" for f in config_fields(component)
             if not (f.default is not MISSING and getattr(component, f.name) == f.default)
             and not (f.default_factory is not MISSING and getattr(component, f.name) == f.default_factory())]
     return f"{type(component).__name__}({', '.join(set_)})"
+
+
+def _written(value: Any) -> str:
+    """As `repr`, but sets in an order that does not change from process to process: it is part of a test's name."""
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__}({{{', '.join(sorted(map(repr, value)))}}})"
+    return repr(value)
 
 
 def config_fields(component: Any) -> tuple[Field[Any], ...]:
@@ -248,40 +257,37 @@ def plain(value: Any) -> Any:
     return value
 
 
-def protocol_members(protocol: type) -> Iterator[tuple[str, Any]]:
-    """Names a protocol asks for, with what it declares: a function or a property."""
-    for base in reversed(protocol.__mro__):
-        if base in (object,) or base.__module__ == "typing":
-            continue
-        for name, declared in vars(base).items():
-            if name == "__call__" or not name.startswith("_"):
-                yield name, declared
+def _without_annotation(cls: type, protocol: type) -> dict[str, Any]:
+    """Public values in the body of a component's class that look like fields and are none."""
+    known = {*vars(cls).get("__annotations__", {}), *(name for name, _ in protocol_members(protocol))}
+    return {name: value for name, value in vars(cls).items()
+            if not name.startswith("_") and name not in known and not callable(value) and not _descriptor(value)}
+
+
+def _descriptor(value: Any) -> bool:
+    """Properties, class methods, slots: what a class looks up by a method of its own."""
+    return inspect.isdatadescriptor(value) or isinstance(value, classmethod | staticmethod)
+
+
+def _of_a_list(component: Any, again: Any, changed: list[str]) -> str:
+    """What became of lists, where a field that is one came back as something else."""
+    lists = [name for name in changed if list in (type(getattr(component, name)), type(getattr(again, name)))]
+    return "" if not lists else (
+        f": {lists[0]} was {getattr(component, lists[0])!r} and is {getattr(again, lists[0])!r}. A sequence of a "
+        "configuration becomes what the annotation says, and lists are not hashable: annotate it tuple[...] and give "
+        "it a tuple")
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _has_default(f: Field[Any]) -> bool:
     return f.default is not MISSING or f.default_factory is not MISSING
-
-
-def _require_callable_as(declared: Callable[..., Any], given: Callable[..., Any], where: str) -> None:
-    """Fail where a call that the protocol allows is no call of `given`."""
-    parameters = list(inspect.signature(declared).parameters.values())[1:]
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    required = {name: None for name, p in by_name.items() if p.default is p.empty}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        required["another_column"] = None  # the protocol sends names that nobody knows yet
-    signature = inspect.signature(given)
-    only_by_name = {name: None for name, p in by_name.items() if p.kind is p.KEYWORD_ONLY and name in required}
-    only_by_name |= {n: None for n in required if n not in by_name}
-    first = [p for p in positional if p.kind is p.POSITIONAL_ONLY]
-    calls = [(len(positional), dict.fromkeys(by_name.keys() - {p.name for p in positional}) | only_by_name),
-             (len(first), dict.fromkeys(by_name) | only_by_name)]
-    for count, names in calls:
-        try:
-            signature.bind(*[None] * count, **names)
-        except TypeError as error:
-            raise AssertionError(f"{where}{signature} cannot be called as the protocol has it, "
-                                 f"{inspect.signature(declared)}: {error}") from None
 
 
 def _same(found: Any, cls: Any) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from posttrain.data import Episodes, Estimate, Metric, to_numpy
-from posttrain.ops import framework_of
+from posttrain.ops import framework_of, like
 from posttrain.protocols import Corrected, Correction, Estimator, Need
 from posttrain.testing import random_data
 from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
@@ -34,6 +34,8 @@ class _OnEpisodes(ComponentContract):
     scope: ClassVar[Scope] = "episode"
     """How far the result of an episode reaches: it depends on the episode alone, on the answers to the same prompt, or
     on the whole batch (standardised over it). Tested both ways: what is claimed too wide fails, too."""
+    result: ClassVar[type]
+    """What a call gives."""
     outputs: ClassVar[tuple[str, ...]] = ()
     """Columns of the result, [N] each or None."""
     tolerance: ClassVar[float] = 1e-9
@@ -50,7 +52,8 @@ class _OnEpisodes(ComponentContract):
         @given(random_data.shapes())
         def holds(shape: tuple[int, list[int], list[int]]) -> None:
             episodes = episodes_of(*shape, component.needs)
-            got, expected = column(component(episodes), self.outputs[0]), np.asarray(self.oracle(component, episodes))
+            got = column(self._result(component, episodes), self.outputs[0])
+            expected = np.asarray(self.oracle(component, episodes))
             assert got.shape == expected.shape, f"the oracle gives {expected.shape}, {named(component)} {got.shape}"
             assert_close(got, expected, self.tolerance, f"{self.outputs[0]} differ from the oracle's")
         holds()
@@ -60,7 +63,7 @@ class _OnEpisodes(ComponentContract):
         episodes = episodes_of(3, [3, 1, 4], [0, 0, 1], component.needs)
         before = {name: np.copy(getattr(episodes, name)) for name in random_data.FLOATS
                   if getattr(episodes, name) is not None}
-        first, second = component(episodes), component(episodes)
+        first, second = self._result(component, episodes), self._result(component, episodes)
         for name, saved in before.items():
             assert np.array_equal(getattr(episodes, name), saved), f"{named(component)} changed Episodes.{name}"
         for name in self.outputs:
@@ -72,10 +75,9 @@ class _OnEpisodes(ComponentContract):
         @EXAMPLES
         @given(random_data.shapes())
         def holds(shape: tuple[int, list[int], list[int]]) -> None:
-            result = component(episodes_of(*shape, component.needs))
+            result = self._result(component, episodes_of(*shape, component.needs))
             for name in self.outputs:
                 if (found := getattr(result, name)) is not None:
-                    assert to_numpy(found).shape == (sum(shape[1]),), f"{name} has shape {to_numpy(found).shape}"
                     assert np.isfinite(to_numpy(found)).all(), f"{name} are not finite"
             if result.keep is not None:
                 assert to_numpy(result.keep).dtype == bool, f"keep must be boolean, got {to_numpy(result.keep).dtype}"
@@ -92,13 +94,21 @@ class _OnEpisodes(ComponentContract):
             name: getattr(lean, name) for need in component.needs for name in COLUMNS.get(need, ())}
         same = replace(rich, rewards=lean.rewards, terminated=lean.terminated, **needed)
         for name in self.outputs:
-            assert np.array_equal(column(component(lean), name), column(component(same), name)), \
+            assert np.array_equal(column(self._result(component, lean), name), column(component(same), name)), \
                 f"{name} depend on a column that {named(component)}.needs does not name"
         for need in component.needs & every:
             nothing: dict[str, Any] = dict.fromkeys(COLUMNS[need])
             missing = replace(lean, **nothing)
-            with pytest.raises(ValueError, match=rf"(?s).*({'|'.join(COLUMNS[need])})"):
+            names = " and ".join(f"Episodes.{column}" for column in COLUMNS[need])
+            try:
                 component(missing)
+            except Exception as error:
+                told = isinstance(error, ValueError) and any(column in str(error) for column in COLUMNS[need])
+                assert told, f"without {names} it must raise a ValueError that names the missing column, got " \
+                             f"{type(error).__name__}: {error}"
+            else:
+                pytest.fail(f"{named(component)}.needs names {need.name}, and nothing is missed without {names}: raise "
+                            "ValueError where the column is None, or take it out of needs", pytrace=False)
 
     def test_equal_in_every_framework(self, component: Any) -> None:
         """float64 in NumPy, torch and JAX; the result is an array of the framework that came in."""
@@ -106,10 +116,10 @@ class _OnEpisodes(ComponentContract):
         if not frameworks:
             pytest.skip("not measured: neither torch nor JAX is installed")
         episodes = episodes_of(5, [3, 1, 4, 2, 5, 1, 3], [1, 1, 1, 5, 5, 5, 9], component.needs)
-        expected = component(episodes)
+        expected = self._result(component, episodes)
         for framework, make in frameworks.items():
             with in_float64(framework):
-                got = component(in_framework(episodes, make))
+                got = self._result(component, in_framework(episodes, make))
                 for name in self.outputs:
                     ours, numpys = getattr(got, name), getattr(expected, name)
                     assert (ours is None) == (numpys is None), f"{name} is None in one of NumPy and {framework}"
@@ -120,10 +130,11 @@ class _OnEpisodes(ComponentContract):
     def test_float32_stays_float32(self, component: Any) -> None:
         """No silent widening to float64, which torch refuses on some devices and JAX turns off."""
         episodes = episodes_of(5, [3, 1, 4, 2, 5], [1, 1, 1, 5, 5], component.needs)
-        expected = component(episodes)
+        expected = self._result(component, episodes)
         arrays: dict[str, Callable[[np.ndarray], Any]] = {"numpy": np.asarray, **installed_frameworks()}
         for framework, make in arrays.items():
-            got = component(in_framework(episodes, lambda x, make=make: make(np.asarray(x, np.float32))))  # type: ignore[misc]  # mypy infers no type for a lambda with a default
+            narrow = in_framework(episodes, lambda x, make=make: make(np.asarray(x, np.float32)))  # type: ignore[misc]  # mypy infers no type for a lambda with a default
+            got = self._result(component, narrow)
             for name in self.outputs:
                 if (found := getattr(got, name)) is not None and name != "keep":
                     assert to_numpy(found).dtype == np.float32, f"{name} in {framework} are {to_numpy(found).dtype}"
@@ -170,6 +181,7 @@ class _OnEpisodes(ComponentContract):
         for seed in range(20):
             episodes = episodes_of(seed, [2, 3, 1, 2], [0, 0, 0, 0], component.needs)
             others = episodes_of(seed + 100, [3, 2], [0, 0] if self.scope == "group" else [1, 1], component.needs)
+            self._result(component, joined(episodes, others))
             try:
                 self._assert_same(component, episodes, joined(episodes, others), zip(range(4), range(4)), "")
             except AssertionError:
@@ -198,15 +210,35 @@ class _OnEpisodes(ComponentContract):
             cases[f"a log-ratio of {size:g}"] = replace(many, **there)
         for case, episodes in cases.items():
             with np.errstate(over="ignore", under="ignore"):
-                result = component(episodes)
+                result = self._result(component, episodes)
             for name in self.outputs:
                 found = getattr(result, name)
                 assert found is None or np.isfinite(to_numpy(found)).all(), f"{case}: {name} are not finite: {found}"
 
+    def _result(self, component: Any, episodes: Episodes) -> Any:
+        """What a call gives; told where it is no result, or was not given since `needs` lacks a column."""
+        try:
+            result = component(episodes)
+        except Exception as error:
+            if unnamed := _read_unnamed(component, episodes):
+                raise AssertionError(f"{named(component)} reads {unnamed}, which needs does not name: "
+                                     f"{type(error).__name__}: {error}") from error
+            raise
+        assert isinstance(result, self.result), f"{named(component)} gives {type(result).__module__}." \
+            f"{type(result).__name__}; return {self.result.__name__}({self.outputs[0]}, ...)"
+        N, E = len(episodes.rewards), episodes.n_episodes
+        for name in self.outputs:
+            shape = None if getattr(result, name) is None else to_numpy(getattr(result, name)).shape
+            hint = ("; x[episodes.episode] gives each action the number of its episode" if shape == (E,) else
+                    "; one per action is needed, in the order of the episodes")
+            assert shape is None or shape == (N,), \
+                f"{name} has shape {shape} for {N} actions of {E} episodes{hint}"
+        return result
+
     def _assert_same(self, component: Any, episodes: Episodes, other: Episodes, pairs: Iterable[tuple[int, int]],
                      what: str) -> None:
         """Results of two batches are equal for each pair of episodes, one of `episodes` and one of `other`."""
-        one, two, pairs = component(episodes), component(other), list(pairs)
+        one, two, pairs = self._result(component, episodes), self._result(component, other), list(pairs)
         for name in self.outputs:
             a, b = column(one, name), column(two, name)
             if not len(a) or not len(b):
@@ -223,18 +255,19 @@ class EstimatorContract(_OnEpisodes):
 
     kind = "estimator"
     protocol = Estimator
+    result = Estimate
     outputs = ("advantages", "targets", "keep")
 
     def test_equal_answers_are_equally_good(self, component: Estimator) -> None:
         """Two answers of a group that agree in everything get the same advantages."""
         episodes = episodes_of(9, [2, 3, 1], [0, 0, 0], component.needs)
         twice = chosen(episodes, [0, 1, 0, 2])
-        A = to_numpy(component(twice).advantages)
+        A = to_numpy(self._result(component, twice).advantages)
         assert_close(A[5:7], A[0:2], self.tolerance, "advantages of equal answers to one prompt differ")
 
     def test_targets_are_there_where_values_are(self, component: Estimator) -> None:
         """A critic is trained on `targets`: an estimator that reads values gives them."""
-        estimate: Estimate = component(episodes_of(4, [2, 3], [0, 0], component.needs))
+        estimate: Estimate = self._result(component, episodes_of(4, [2, 3], [0, 0], component.needs))
         if Need.VALUES in component.needs:
             assert estimate.targets is not None, f"{named(component)} reads values and gives no targets"
 
@@ -244,12 +277,14 @@ class CorrectionContract(_OnEpisodes):
 
     kind = "correction"
     protocol = Correction
+    result = Corrected
     outputs = ("weight", "keep")
 
     def test_does_nothing_on_policy(self, component: Correction) -> None:
         """Where the sampler's log-probs are the policy's, all weights are 1 and every action stays."""
         episodes = episodes_of(6, [2, 3, 1], [0, 0, 1], component.needs)
-        corrected: Corrected = component(replace(episodes, behavior_logprobs=episodes.logprobs))
+        on_policy = replace(episodes, behavior_logprobs=episodes.logprobs)
+        corrected: Corrected = self._result(component, on_policy)
         assert_close(to_numpy(corrected.weight), np.ones(6), 1e-12, "weights on policy are not 1")
         assert to_numpy(corrected.keep).all(), f"{named(component)} drops actions on policy"
 
@@ -258,7 +293,7 @@ class CorrectionContract(_OnEpisodes):
         @EXAMPLES
         @given(random_data.shapes())
         def holds(shape: tuple[int, list[int], list[int]]) -> None:
-            weight = to_numpy(component(episodes_of(*shape, component.needs)).weight)
+            weight = to_numpy(self._result(component, episodes_of(*shape, component.needs)).weight)
             assert (weight >= 0).all(), f"negative weights: {weight[weight < 0]}"
         holds()
 
@@ -267,3 +302,25 @@ def column(result: Any, name: str) -> np.ndarray:
     """A column of a result; empty where it is None."""
     found = getattr(result, name)
     return np.zeros(0) if found is None else to_numpy(found)
+
+
+def _read_unnamed(component: Any, episodes: Episodes) -> str:
+    """The first column beside those of `needs` without which the call fails and with which it does not; empty where it
+    fails of something else."""
+    every = episodes_of(0, episodes.lengths.tolist(), episodes.group.tolist(), frozenset(COLUMNS))
+    unnamed = [name for need, names in COLUMNS.items() if need not in component.needs for name in names]
+    more: dict[str, Any] = {name: like(getattr(every, name), episodes.rewards) for name in unnamed}
+    rich = replace(episodes, **more)
+    if _fails(component, rich):
+        return ""
+    nothing: list[dict[str, Any]] = [{name: None} for name in unnamed]
+    return next((f"Episodes.{name}" for name, absent in zip(unnamed, nothing)
+                 if _fails(component, replace(rich, **absent))), "")
+
+
+def _fails(component: Any, episodes: Episodes) -> bool:
+    try:
+        component(episodes)
+    except Exception:
+        return True
+    return False

@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from posttrain.batching import StepData, counts_of, cut, units_of
-from posttrain.data import Array, Counts, Loss, MicroBatch, Prompt, Rollouts, TokenOutputs, offsets_of, ragged_indices
+from posttrain.data import (
+    Array,
+    Counts,
+    Loss,
+    MicroBatch,
+    Prompt,
+    Rollouts,
+    TokenOutputs,
+    Weights,
+    offsets_of,
+    ragged_indices,
+)
 from posttrain.ops import ops_of
 from posttrain.protocols import Need, Objective, Output
 from posttrain.testing.random_data import in_float64, installed_frameworks
@@ -95,7 +106,9 @@ def part_of(step: Step, objective: Objective, chosen: np.ndarray | None = None,
             order: np.random.Generator | None = None) -> Part:
     """The part of the kept actions that `chosen` [N] bool marks (all of them by default), weighted as in a run."""
     whole = step.rollouts
-    weights = per_action(objective.weights(step.counts), step.keep, step.correction)
+    given = objective.weights(step.counts)
+    require_one_per_kept_action(given, step.counts, objective)
+    weights = per_action(given, step.keep, step.correction)
     keep = step.keep if chosen is None else step.keep & chosen
     episodes = np.unique(whole.action_episode[keep])
     if order is not None:
@@ -106,6 +119,18 @@ def part_of(step: Step, objective: Objective, chosen: np.ndarray | None = None,
     batch = cut(StepData(whole, keep, weights, step.columns), episodes)
     out: dict[str, Any] = {name: x[..., rows] for name, x in step.outputs.items()}
     return Part(TokenOutputs(**out), batch, rows)
+
+
+def require_one_per_kept_action(weights: Weights, counts: Counts, objective: Objective) -> None:
+    """Fail where a weight column is on another axis than that of the kept actions."""
+    N, E = int(counts.episode_actions.sum()), len(counts.episode_actions)
+    for name in WEIGHTS:
+        column = getattr(weights, name)
+        hint = ("; np.repeat(x, counts.episode_actions) gives each action the number of its episode"
+                if np.shape(column) == (E,) else "; counts.episode_actions.sum() says how many there are")
+        assert column is None or np.shape(column) == (N,), (
+            f"{type(objective).__name__}.weights gave {name} of shape {np.shape(column)} for {E} episodes with "
+            f"{N} kept actions: one number per kept action is needed{hint}")
 
 
 def split(step: Step, objective: Objective, rng: np.random.Generator, parts: int) -> list[Part]:

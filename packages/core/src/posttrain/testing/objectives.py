@@ -29,6 +29,7 @@ from posttrain.testing.losses import (
     evaluate,
     outputs_of,
     part_of,
+    require_one_per_kept_action,
     split,
     step_of,
     total_of,
@@ -79,6 +80,53 @@ class ObjectiveContract(ComponentContract):
         """[N] whether the objective claims to cut the gradient of an action; None where it never does."""
         return None
 
+    # ---- how it averages, first: a mean makes every formula wrong
+
+    def test_weights_are_one_number_per_kept_action(self, component: Objective) -> None:
+        """Shapes and signs; core tells real actions from padding by `kl_weight > 0`."""
+        for lengths in ([3, 0, 2], [1], [0, 0], []):
+            n = np.array(lengths, int)
+            columns = _columns(component, Counts(int(n.sum()), int((n > 0).sum()), n))
+            assert columns, f"{named(component)}.weights gives no column, so every action weighs nothing"
+            for name, column in columns.items():
+                assert column.dtype == np.float64, f"{name} is {column.dtype}, weights are made in float64"
+                assert np.isfinite(column).all() and (column >= 0).all(), f"{name} must be finite and not negative"
+                assert name != "kl_weight" or (column > 0).all(), "kl_weight must be positive on every kept action"
+
+    def test_does_not_average_by_itself(self, component: Objective) -> None:
+        """Twice the weights, twice the loss: averaging is the business of `weights` alone."""
+        part = part_of(self._step(3, *LARGER), component)
+        scaled = with_columns(part, **{n: 3.7 * getattr(part.batch, n) for n in WEIGHTS})
+        one, more = evaluate(component, part), evaluate(component, scaled)
+        for name, total in one.terms.items():
+            assert_close(more.terms[name], 3.7 * total, self.tolerance,
+                          f"term {name} is not sum(weight * x): weights scaled by 3.7 scale it otherwise")
+        for name, value in _values(one).items():
+            assert_close(_values(more)[name], value, self.tolerance, f"metric {name} depends on the scale of weights")
+
+    def test_actions_without_weight_change_nothing(self, component: Objective) -> None:
+        """A bucket that a backend fills up with a dummy episode gives the same loss, and one that holds nothing else
+        gives 0."""
+        framework = next(iter(_frameworks()), "numpy")
+        step = self._step(4, *LARGER)
+        part, nothing = part_of(step, component), part_of(step, component, np.zeros(len(step.keep), bool))
+        plain, padded = (evaluate(component, p, framework) for p in (part, with_dummy(part, 5)))
+        hint = ": every sum, of metrics too, runs over weighted actions (kl_weight > 0 or value_weight > 0 marks " \
+               "them), and nothing is a mean(), which divides by how many there are"
+        assert_close(padded.value, plain.value, self.tolerance, f"zero-weight actions change the loss{hint}")
+        for name, pair in plain.metrics.items():
+            assert_close(padded.metrics[name], pair, self.tolerance, f"zero-weight actions change metric {name}{hint}")
+        for name, gradient in padded.gradients.items():
+            assert_close(gradient[..., :-5], plain.gradients[name], self.tolerance,
+                          f"zero-weight actions change the gradient in {name}{hint}")
+            assert not gradient[..., -5:].any(), f"zero-weight actions have a gradient in {name}{hint}"
+        with np.errstate(divide="ignore", invalid="ignore"):
+            empty = evaluate(component, with_dummy(nothing, 4), framework)
+        assert empty.value == 0 and not any(g.any() for g in empty.gradients.values()), \
+            f"a part of zero-weight actions alone has the loss {empty.value}, and a gradient"
+        assert all(pair == (0.0, 0.0) for pair in empty.metrics.values()), \
+            f"a part of zero-weight actions alone has the metrics {dict(empty.metrics)}"
+
     # ---- the formula
 
     def test_equals_its_oracle(self, component: Objective) -> None:
@@ -88,7 +136,9 @@ class ObjectiveContract(ComponentContract):
         def holds(shape: Shape) -> None:
             part = part_of(self._step(*shape), component)
             expected = self.oracle(component, part.out, part.out, part.batch, COEF)
-            assert_close(evaluate(component, part).value, expected, self.tolerance, "the loss and its oracle differ")
+            assert_close(evaluate(component, part).value, expected, self.tolerance,
+                          "the loss and its oracle differ; where the loss calls mean(), "
+                          "test_actions_without_weight_change_nothing and test_does_not_average_by_itself fail, too")
         holds()
 
     def test_gradient_is_that_of_its_oracle(self, component: Objective) -> None:
@@ -160,18 +210,6 @@ class ObjectiveContract(ComponentContract):
             assert_close(larger[name] * column[at], column * larger[name][at], 1e-12,
                           f"global counts change the proportions within {name}, not only their scale")
 
-    def test_weights_are_one_number_per_kept_action(self, component: Objective) -> None:
-        """Shapes and signs; core tells real actions from padding by `kl_weight > 0`."""
-        for lengths in ([3, 0, 2], [1], [0, 0], []):
-            n = np.array(lengths, int)
-            columns = _columns(component, Counts(int(n.sum()), int((n > 0).sum()), n))
-            assert columns, f"{named(component)}.weights gives no column, so every action weighs nothing"
-            for name, column in columns.items():
-                assert column.shape == (n.sum(),), f"{name} has shape {column.shape} for episodes of {lengths} actions"
-                assert column.dtype == np.float64, f"{name} is {column.dtype}, weights are made in float64"
-                assert np.isfinite(column).all() and (column >= 0).all(), f"{name} must be finite and not negative"
-                assert name != "kl_weight" or (column > 0).all(), "kl_weight must be positive on every kept action"
-
     def test_weights_average_as_said(self, component: Objective) -> None:
         """sum(weight * x) is the average that the author describes, whatever the lengths of episodes."""
         @EXAMPLES
@@ -184,39 +222,6 @@ class ObjectiveContract(ComponentContract):
                 assert_close(column @ x, self.average(component, name, rows), self.tolerance,
                               f"sum({name} * x) is not the author's average of rows of lengths {n.tolist()}")
         holds()
-
-    def test_does_not_average_by_itself(self, component: Objective) -> None:
-        """Twice the weights, twice the loss: averaging is the business of `weights` alone."""
-        part = part_of(self._step(3, *LARGER), component)
-        scaled = with_columns(part, **{n: 3.7 * getattr(part.batch, n) for n in WEIGHTS})
-        one, more = evaluate(component, part), evaluate(component, scaled)
-        for name, total in one.terms.items():
-            assert_close(more.terms[name], 3.7 * total, self.tolerance,
-                          f"term {name} is not sum(weight * x): weights scaled by 3.7 scale it otherwise")
-        for name, value in _values(one).items():
-            assert_close(_values(more)[name], value, self.tolerance, f"metric {name} depends on the scale of weights")
-
-    def test_actions_without_weight_change_nothing(self, component: Objective) -> None:
-        """A bucket that a backend fills up with a dummy episode gives the same loss, and one that holds nothing else
-        gives 0."""
-        framework = next(iter(_frameworks()), "numpy")
-        step = self._step(4, *LARGER)
-        part, nothing = part_of(step, component), part_of(step, component, np.zeros(len(step.keep), bool))
-        plain, padded = (evaluate(component, p, framework) for p in (part, with_dummy(part, 5)))
-        hint = ": every sum, of metrics too, runs over weighted actions (kl_weight > 0 or value_weight > 0 marks them)"
-        assert_close(padded.value, plain.value, self.tolerance, f"zero-weight actions change the loss{hint}")
-        for name, pair in plain.metrics.items():
-            assert_close(padded.metrics[name], pair, self.tolerance, f"zero-weight actions change metric {name}{hint}")
-        for name, gradient in padded.gradients.items():
-            assert_close(gradient[..., :-5], plain.gradients[name], self.tolerance,
-                          f"zero-weight actions change the gradient in {name}{hint}")
-            assert not gradient[..., -5:].any(), f"zero-weight actions have a gradient in {name}{hint}"
-        with np.errstate(divide="ignore", invalid="ignore"):
-            empty = evaluate(component, with_dummy(nothing, 4), framework)
-        assert empty.value == 0 and not any(g.any() for g in empty.gradients.values()), \
-            f"a part of zero-weight actions alone has the loss {empty.value}, and a gradient"
-        assert all(pair == (0.0, 0.0) for pair in empty.metrics.values()), \
-            f"a part of zero-weight actions alone has the metrics {dict(empty.metrics)}"
 
     # ---- numbers
 
@@ -440,6 +445,7 @@ def differentiating() -> list[str]:
 def _columns(component: Objective, counts: Counts) -> dict[str, np.ndarray]:
     """The weight columns that the objective gives."""
     weights = component.weights(counts)
+    require_one_per_kept_action(weights, counts, component)
     return {name: column for name in WEIGHTS if (column := getattr(weights, name)) is not None}
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from posttrain.data import FINISH, Prompt, Rollouts, offsets_of
 from posttrain.errors import DataError
 from posttrain.protocols import PromptSource, Reward, RewardSource, RowRules, Task, Tokenizer, TokenizerSource
-from posttrain.rewards.calls import Origin, Outcome, Overdue, Returned, outcome
+from posttrain.rewards.calls import Origin, Outcome, Raised, Returned, Wrong, outcome
 from posttrain.rewards.pool import Job, Pool
-from posttrain.rewards.scoring import Rule, accepted_by, columns_of, score
+from posttrain.rewards.scoring import Rule, accepted_by, columns_of, said, score
+from posttrain.shape import protocol_members
 from posttrain.tasks.formats import RESERVED
-from posttrain.testing.contract import EXAMPLES, ComponentContract, config_fields, named, protocol_members
+from posttrain.testing.contract import EXAMPLES, ComponentContract, config_fields, named
 from posttrain.tokenizers import Bytes, prompt_ids
 
 CONVERSATION = ({"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"},
@@ -370,9 +371,10 @@ class RewardContract(ComponentContract):
 
     def test_changes_nothing_and_says_the_same_again(self, component: Any) -> None:
         """Other rewards get the same lists; a resumed run the same rewards."""
-        call, columns = self._call(component), self._columns(component, self._examples(component))
+        examples = self._examples(component)
+        call, columns = self._call(component), self._columns(component, examples)
         before = copy.deepcopy(columns)
-        first, second = (_numbers(outcome(call, columns, len(columns["completions"])), component) for _ in range(2))
+        first, second = (self._numbers(component, examples, outcome(call, columns, len(examples))) for _ in range(2))
         assert columns == before, f"{named(component)} changed the lists it was given"
         assert first == second, f"a second call gives {second} instead of {first}"
 
@@ -387,7 +389,7 @@ class RewardContract(ComponentContract):
         """No row, no reward, no error."""
         names = self._columns(component, self._examples(component))
         found = outcome(self._call(component), {name: [] for name in names}, 0)
-        assert found == Returned(()), f"on an empty batch {named(component)} gives {found}"
+        assert found == Returned(()), self._told(component, found, "an empty batch", "return []")
 
     def test_survives_hostile_answers(self, component: Any) -> None:
         """A number or None, in time, for whatever a policy may write: one that raises stops the run, one that hangs
@@ -396,10 +398,9 @@ class RewardContract(ComponentContract):
         assert example is not None, "no example applies"
         rows = {what: Example(text, 0.0, example.prompt, example.columns) for what, text in HOSTILE.items()}
         found = self._in_workers(component, [[row] for row in rows.values()])
-        for what, said in zip(rows, found):
-            late = f"; it did not answer within {self.deadline:g} s" if isinstance(said, Overdue) else ""
-            assert isinstance(said, Returned), \
-                f"an answer that is {what} ({HOSTILE[what][:30]!r}) gives {said}{late}; give 0 or None for it"
+        for what, outcome_ in zip(rows, found):
+            assert isinstance(outcome_, Returned), self._told(
+                component, outcome_, f"an answer that is {what} ({HOSTILE[what][:30]!r})", "give 0 or None for it")
 
     def test_works_in_a_worker(self, component: Any) -> None:
         """A run calls rewards in processes of their own, made anew from their fields: the same rewards there."""
@@ -444,7 +445,27 @@ class RewardContract(ComponentContract):
         return accepted_by(self._entry(component), self._call(component), columns_of(_rollouts(examples)))
 
     def _rewards(self, component: Any, examples: Sequence[Example]) -> list[float | None]:
-        return _numbers(outcome(self._call(component), self._columns(component, examples), len(examples)), component)
+        found = outcome(self._call(component), self._columns(component, examples), len(examples))
+        return self._numbers(component, examples, found)
+
+    def _numbers(self, component: Any, examples: Sequence[Example], found: Outcome) -> list[float | None]:
+        """One for each example."""
+        row = found.row if isinstance(found, Wrong) else None
+        asked = f"{len(examples)} examples together" if row is None else f"the example {examples[row].completion!r}"
+        assert isinstance(found, Returned), self._told(component, found, asked, "give a number or None")
+        return list(found.numbers)
+
+    def _told(self, component: Any, found: Outcome, asked: str, remedy: str) -> str:
+        """What came of a call, in the words of a run."""
+        entry = replace(self._entry(component), name=named(component))
+        match found:
+            case Returned(numbers):
+                what = f"reward '{entry.name}' returned {list(numbers)} on {asked}"
+            case Wrong(said_of_it, _):
+                what = f"reward '{entry.name}' returned {said_of_it} on {asked}"
+            case _:
+                what = said(entry, found, f" on {asked}").splitlines()[0]
+        return "\n".join([f"{what}; {remedy}", *([found.traceback] if isinstance(found, Raised) else [])])
 
     def _entry(self, component: Any) -> _Entry:
         return _Entry(component, self.deadline, _origin(component) if callable(component) else None)
@@ -481,11 +502,6 @@ def _rollouts(examples: Sequence[Example]) -> Rollouts:
         is_action=is_action, group=np.arange(E), finish=np.full(E, FINISH.index("eos"), np.int8),
         terminated=np.ones(E, bool), completions=tuple(e.completion for e in examples),
         prompts=tuple(Prompt(text=e.prompt, extra=e.columns, where=f"example {i}") for i, e in enumerate(examples)))
-
-
-def _numbers(found: Outcome, component: Any) -> list[float | None]:
-    assert isinstance(found, Returned), f"{named(component)} gives {found}"
-    return list(found.numbers)
 
 
 def _origin(component: Any) -> Origin:

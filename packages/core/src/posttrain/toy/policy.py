@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -32,7 +32,7 @@ _STEP = 1e-5
 class Toy:
     """logits [V, V] of the next token by the last one, all 0 at first: a uniform policy."""
 
-    weights: str = ""
+    weights: str = field(default="", metadata={"path": True})
     """A folder that a run of it wrote (`RUN/policy`); empty begins at 0."""
 
     @property

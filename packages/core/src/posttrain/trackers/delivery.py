@@ -22,7 +22,7 @@ from posttrain.checkpoint import FOLDER as CHECKPOINTS
 from posttrain.checkpoint import published
 from posttrain.progress import doing
 from posttrain.protocols import ObservedRun
-from posttrain.rundir import CONFIG, MANIFEST, SAMPLES
+from posttrain.rundir import CONFIG, MANIFEST, REPORT, SAMPLES
 from posttrain.trackers.ledger import Ledger, Record, Status, ledger_path, read_records, waiting
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ AT_ONCE = (CONFIG, MANIFEST)
 LAST_TRY = 1.5
 """Seconds of a last attempt at the end of a run, where the server has not answered for long."""
 
-LATER = (SAMPLES, "report.html")
+LATER = (SAMPLES, REPORT)
 """Files attached with each checkpoint and at the end, where they are there."""
 
 

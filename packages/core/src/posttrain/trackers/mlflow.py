@@ -59,6 +59,9 @@ ENVIRONMENT = {
 
 STATUS: Mapping[Status, str] = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag by which MLflow's pages show charts of training, and not of conversations."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -285,7 +288,8 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
         return str(found.experiment_id)
     beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / re.sub(r"\W", "_", name)
     try:
-        return str(client.create_experiment(name, artifact_location=beside.as_uri() if _is_sqlite(uri) else None))
+        return str(client.create_experiment(
+            name, artifact_location=beside.as_uri() if _is_sqlite(uri) else None, tags=KIND))
     except MlflowException as error:
         made = client.get_experiment_by_name(name)  # by another process in this moment
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or made is None:
