@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ragged import answers_to_one_prompt
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.batching import StepData, cut  # noqa: E402  # after the check that the library is there
-from posttrain.data import Counts, Loss, Prompt, Rollouts, Sampling, Term, Weights, offsets_of  # noqa: E402
-from posttrain.errors import ConfigError, DataError, PluginError  # noqa: E402
-from posttrain.protocols import LoadRequest, Optimization, Output  # noqa: E402
-from posttrain_backends._torch.layout import Layout  # noqa: E402
-from posttrain_backends._torch.models.hf import CachedHFModel, HFModel, cache_error, merged, packing_error  # noqa: E402
-from posttrain_backends.engines import Batched  # noqa: E402
-from posttrain_backends.hf import HF, HFTokenizer, Lora  # noqa: E402
+from posttrain.batching import StepData, cut  # after the check that the library is there
+from posttrain.data import Counts, Loss, Prompt, Rollouts, Sampling, Term, Weights
+from posttrain.errors import ConfigError, DataError, PluginError
+from posttrain.protocols import LoadRequest, Optimization, Output
+from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.hf import CachedHFModel, HFModel, cache_error, merged, packing_error
+from posttrain_backends.engines import Batched
+from posttrain_backends.hf import HF, HFTokenizer, Lora
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
@@ -67,18 +68,7 @@ def plain(path: Path):
 
 
 def rollouts(seed: int = 0, prompt: int = 4, answers=(3, 9, 1, 14)) -> Rollouts:
-    """Answers to one prompt."""
-    r = np.random.default_rng(seed)
-    start, lengths = r.integers(0, V, prompt), prompt + np.array(answers)
-    E, n = len(answers), sum(answers)
-    return Rollouts(
-        tokens=np.concatenate([np.r_[start, r.integers(0, V, a)] for a in answers]).astype(np.int32),
-        offsets=offsets_of(lengths), episode=np.arange(E),
-        is_action=np.concatenate([np.arange(m) >= prompt for m in lengths]), group=np.zeros(E, np.int64),
-        finish=np.zeros(E, np.int8), terminated=np.ones(E, bool),
-        prompts=tuple(Prompt(tokens=tuple(start.tolist())) for _ in answers), completions=("",) * E,
-        behavior_logprobs=np.zeros(n, np.float32), policy_version=np.zeros(n, np.int32), turn=np.zeros(n, np.int32),
-        sampling=Sampling())
+    return answers_to_one_prompt(prompt, answers, low=0, high=V, seed=seed)
 
 
 def own_logprobs(causal, given: Rollouts) -> np.ndarray:

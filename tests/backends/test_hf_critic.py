@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ragged import answers_to_one_prompt
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.batching import StepData, cut  # noqa: E402  # after the check that the library is there
-from posttrain.data import Counts, Loss, Prompt, Rollouts, Sampling, Term, Weights, offsets_of  # noqa: E402
-from posttrain.errors import ConfigError  # noqa: E402
-from posttrain.protocols import LoadRequest, Optimization, Output  # noqa: E402
-from posttrain_backends.hf import HF, Lora  # noqa: E402
+from posttrain.batching import StepData, cut  # after the check that the library is there
+from posttrain.data import Counts, Loss, Rollouts, Term, Weights
+from posttrain.errors import ConfigError
+from posttrain.protocols import LoadRequest, Optimization, Output
+from posttrain_backends.hf import HF, Lora
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
@@ -59,19 +60,9 @@ def load(path: Path, heads: int = 1, optimization: Optimization | None = None, *
         LoadRequest(V, value_heads=heads, seed=5, optimization=optimization))
 
 
-def rollouts(prompt: int = 4, answers=(3, 9, 1, 14)) -> Rollouts:
-    """Answers to one prompt; some are cut off, so that a value after the last token counts."""
-    r = np.random.default_rng(0)
-    start, lengths = r.integers(1, V, prompt), prompt + np.array(answers)
-    E, n = len(answers), sum(answers)
-    return Rollouts(
-        tokens=np.concatenate([np.r_[start, r.integers(1, V, a)] for a in answers]).astype(np.int32),
-        offsets=offsets_of(lengths), episode=np.arange(E),
-        is_action=np.concatenate([np.arange(m) >= prompt for m in lengths]), group=np.zeros(E, np.int64),
-        finish=np.full(E, 2, np.int8), terminated=np.zeros(E, bool),
-        prompts=tuple(Prompt(tokens=tuple(start.tolist())) for _ in answers), completions=("",) * E,
-        behavior_logprobs=np.zeros(n, np.float32), policy_version=np.zeros(n, np.int32), turn=np.zeros(n, np.int32),
-        sampling=Sampling())
+def rollouts(prompt: int = 4) -> Rollouts:
+    """They are cut off, so that a value after the last token counts."""
+    return answers_to_one_prompt(prompt, (3, 9, 1, 14), low=1, high=V, terminated=False)
 
 
 def plain(path: Path):

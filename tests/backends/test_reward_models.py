@@ -17,9 +17,9 @@ import torch
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.errors import ConfigError, DataError, MemoryExhausted, PluginError  # noqa: E402  # after the check
-from posttrain.protocols import RewardSource  # noqa: E402
-from posttrain_backends.reward_models import RewardModel  # noqa: E402
+from posttrain.errors import ConfigError, DataError, MemoryExhausted, PluginError  # after the check
+from posttrain.protocols import RewardSource
+from posttrain_backends.reward_models import RewardModel
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ragged import answers_to_one_prompt
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from posttrain.batching import StepData, cut  # noqa: E402  # after the check that the libraries are there
-from posttrain.data import Counts, Loss, Prompt, Rollouts, Sampling, Term, Weights, offsets_of  # noqa: E402
-from posttrain.errors import ConfigError, MemoryExhausted  # noqa: E402
-from posttrain.protocols import Adapted, LoadRequest, Optimization, Output  # noqa: E402
-from posttrain_backends.hf import HF, Lora  # noqa: E402
-from posttrain_backends.torch_native import Torch  # noqa: E402
+from posttrain.batching import StepData, cut  # after the check that the libraries are there
+from posttrain.data import Counts, Loss, Rollouts, Term, Weights
+from posttrain.errors import ConfigError, MemoryExhausted
+from posttrain.protocols import Adapted, LoadRequest, Optimization, Output
+from posttrain_backends.hf import HF, Lora
+from posttrain_backends.torch_native import Torch
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
@@ -47,19 +48,9 @@ def load(path: Path, adapter: Lora | None = LORA, *, value_heads: int = 0, train
         V, value_heads=value_heads, seed=5, optimization=Optimization(lr=0.05) if train else None))
 
 
-def rollouts(prompt: int, answers=(3, 9, 1, 14)) -> Rollouts:
-    """Answers to one prompt; behind a long one they are computed as a tree."""
-    r = np.random.default_rng(0)
-    start, lengths = r.integers(0, V, prompt), prompt + np.array(answers)
-    E, n = len(answers), sum(answers)
-    return Rollouts(
-        tokens=np.concatenate([np.r_[start, r.integers(0, V, a)] for a in answers]).astype(np.int32),
-        offsets=offsets_of(lengths), episode=np.arange(E),
-        is_action=np.concatenate([np.arange(m) >= prompt for m in lengths]), group=np.zeros(E, np.int64),
-        finish=np.zeros(E, np.int8), terminated=np.ones(E, bool),
-        prompts=tuple(Prompt(tokens=tuple(start.tolist())) for _ in answers), completions=("",) * E,
-        behavior_logprobs=np.zeros(n, np.float32), policy_version=np.zeros(n, np.int32), turn=np.zeros(n, np.int32),
-        sampling=Sampling())
+def rollouts(prompt: int) -> Rollouts:
+    """Behind a long prompt the answers are computed as a tree."""
+    return answers_to_one_prompt(prompt, (3, 9, 1, 14), low=0, high=V)
 
 
 class Likelihood:

@@ -18,9 +18,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from posttrain_backends.engines import Batched  # noqa: E402  # after the check that the libraries are there
-from posttrain_backends.hf import HF, Lora  # noqa: E402
-from posttrain_backends.torch_native import Torch  # noqa: E402
+from posttrain_backends.engines import Batched  # after the check that the libraries are there
+from posttrain_backends.hf import HF, Lora
+from posttrain_backends.torch_native import Torch
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own

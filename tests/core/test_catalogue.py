@@ -16,9 +16,10 @@ from typing import Any
 
 import posttrain
 import pytest
+from commandline import called, use
 from distributions import install
 from needed import first_party
-from posttrain import catalogue, cli, compose, config, run, scaffold
+from posttrain import catalogue, compose, config, run, scaffold
 from posttrain.errors import RewardError
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.registry import Foreign, Registry, discover
@@ -79,16 +80,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     scaffold.write(tmp_path)
     return tmp_path
-
-
-def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.main(arguments)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def use(monkeypatch: pytest.MonkeyPatch, found: Registry) -> None:
-    monkeypatch.setattr(cli, "discover", lambda: found)
 
 
 # --- the four errors of the design, through the command line ----------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import posttrain
 import pytest
 import typer
+from commandline import called, use
 from needed import first_party
 from posttrain import cli, run, scaffold
 from posttrain.catalogue import field_docs
@@ -31,16 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     scaffold.write(tmp_path)
     return tmp_path
-
-
-def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.main(arguments)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def use(monkeypatch: pytest.MonkeyPatch, found: Registry) -> None:
-    monkeypatch.setattr(cli, "discover", lambda: found)
 
 
 def process(arguments: Sequence[str]) -> tuple[float, list[str], str]:

@@ -550,7 +550,7 @@ def test_literal_secrets_of_trackers_are_not_written(folder: Path, registry: Reg
 def test_the_tree_holds_names_and_no_values_of_interpolations(folder: Path, registry: Registry) -> None:
     loaded = given(registry, "recipe: dr_grpo")
     raw = OmegaConf.to_container(loaded.tree)
-    assert raw["objective"] == {"use": "dr_grpo", "length": "${rollout.max_new_tokens}"}  # type: ignore[index,call-overload]
+    assert raw["objective"] == {"use": "dr_grpo", "length": "${rollout.max_new_tokens}"}
     assert loaded.settings.objective.length == 64
 
 

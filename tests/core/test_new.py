@@ -18,6 +18,7 @@ from pathlib import Path
 import posttrain
 import pytest
 import yaml
+from commandline import called
 from packaging.requirements import Requirement
 from posttrain import authoring, cli, scaffold, tasks
 from posttrain.authoring import OFFERS, Names, core_requirement, texts
@@ -35,12 +36,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "plugins"
 @pytest.fixture(scope="module")
 def registry() -> Registry:
     return discover()
-
-
-def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.main(arguments)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # ---- what is written

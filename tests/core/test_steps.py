@@ -187,7 +187,7 @@ class Positions:
 @pytest.mark.parametrize("limit", [6, 8, 12])
 def test_scoring_in_parts_keeps_the_order_and_survives_little_memory(limit: int) -> None:
     r = three_episodes()
-    out, budget = score(Positions(limit), r, frozenset({Output.LOGPROBS}), FirstFit(), 100)  # type: ignore[arg-type]
+    out, budget = score(Positions(limit), r, frozenset({Output.LOGPROBS}), FirstFit(), 100)
     assert out.logprobs.tolist() == r.tokens[r.source].tolist()
     assert out.values.tolist() == [r.tokens[r.source].tolist(), (-r.tokens[r.source]).tolist()]
     assert out.bootstrap_values.tolist() == [[2, 8, 11]]
@@ -196,7 +196,7 @@ def test_scoring_in_parts_keeps_the_order_and_survives_little_memory(limit: int)
 
 def test_scoring_gives_up_at_a_single_episode() -> None:
     with pytest.raises(MemoryExhausted, match="single unit"):
-        score(Positions(5), three_episodes(), frozenset(), FirstFit(), 100)  # type: ignore[arg-type]
+        score(Positions(5), three_episodes(), frozenset(), FirstFit(), 100)
 
 
 def test_sampler_gap() -> None:

@@ -137,7 +137,7 @@ def test_auto_draws_only_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, t
     if "CI" not in environment:
         monkeypatch.delenv("CI", raising=False)
     stream = io.StringIO()
-    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stdout", stream)
     session = Console().start(Run(output="auto"))
     session.finished(None)

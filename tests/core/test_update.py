@@ -75,7 +75,7 @@ def step(learner: Adder, r: Rollouts, keep: np.ndarray, *, budget: int = 10**9, 
          comm: Any = ONE, **extra: Any) -> tuple[Metrics, int, Any]:
     N = int(r.is_action.sum())
     columns = {"advantages": np.arange(1.0, N + 1)}
-    trained = [Trained(learner, Sum((TokenMean(unit, **extra.pop("objective", {})),)))]  # type: ignore[arg-type]
+    trained = [Trained(learner, Sum((TokenMean(unit, **extra.pop("objective", {})),)))]
     return optimiser_step(trained, r, keep, np.ones(N), columns, {}, batching=FirstFit(), budget=budget, comm=comm,
                           **extra)
 
@@ -87,7 +87,7 @@ def test_gradient_is_the_weighted_sum_over_kept_actions_however_split() -> None:
     for budget in (1000, 8, 4, 1):
         for unit in ("action", "group"):
             learner = Adder()
-            metrics, _, _ = step(learner, r, keep, budget=budget, unit=unit)  # type: ignore[arg-type]
+            metrics, _, _ = step(learner, r, keep, budget=budget, unit=unit)
             assert learner.applied[0][0] == pytest.approx(expected)
             assert metrics["loss/policy"].value == pytest.approx(expected)
 
@@ -189,7 +189,7 @@ def test_update_feeds_each_minibatch_its_own_columns() -> None:
     r = rollouts([(1, 2)] * 6, group=list(range(6)))
     learner = Adder()
     signal = Signal(advantages=np.repeat(np.arange(6.0), 2), keep=np.ones(12, bool), correction=np.full(12, 0.5))
-    trained = [Trained(learner, Sum((TokenMean(),)))]  # type: ignore[arg-type]
+    trained = [Trained(learner, Sum((TokenMean(),)))]
     metrics, _, _ = update(trained, r, signal, Annotations(), None, {}, Schedule(3, 1, (0,)), batching=FirstFit(),
                            budget=100, comm=SingleProcess())
     assert learner.version == 3

@@ -103,7 +103,7 @@ class TestGAE:
     def test_truncated_episodes_may_end_where_they_end(self, truncation: str) -> None:
         e = random_episodes([3, 4, 2, 5])
         e = replace(e, terminated=np.array([True, False, True, False]))
-        estimate = GAE(0.9, 0.8, truncation=truncation)(replace(e, bootstrap_values=None))  # type: ignore[arg-type]
+        estimate = GAE(0.9, 0.8, truncation=truncation)(replace(e, bootstrap_values=None))
         expected = np.array(literal(e, 0.9, 0.8, bootstrap=False)[0])
         kept = e.terminated[e.episode] | (truncation == "terminal")
         np.testing.assert_allclose(estimate.advantages, np.where(kept, expected, 0.0), rtol=1e-12)
@@ -114,7 +114,7 @@ class TestGAE:
     @pytest.mark.parametrize("truncation", ["bootstrap", "mask"])
     def test_whitens_advantages_and_never_targets(self, truncation: str) -> None:
         e = random_episodes([3, 4, 2, 5], seed=1)
-        plain, white = (GAE(whiten=w, truncation=truncation)(e) for w in (False, True))  # type: ignore[arg-type]
+        plain, white = (GAE(whiten=w, truncation=truncation)(e) for w in (False, True))
         kept = np.ones(14, bool) if plain.keep is None else plain.keep
         own = plain.advantages[kept]
         np.testing.assert_allclose(white.advantages[kept], (own - own.mean()) / np.sqrt(own.var(ddof=1) + 1e-8))

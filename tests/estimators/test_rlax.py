@@ -9,8 +9,8 @@ from posttrain_estimators.baselines import Reinforce
 from posttrain_estimators.multistep import GAE
 
 rlax = pytest.importorskip("rlax", reason="rlax, the independent oracle of returns and advantages, is not installed")
-import jax  # noqa: E402  # which rlax brings
-import jax.numpy as jnp  # noqa: E402
+import jax  # which rlax brings
+import jax.numpy as jnp
 
 pytestmark = pytest.mark.oracle
 LENGTHS = [1, 7, 4, 4, 7]

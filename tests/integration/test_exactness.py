@@ -190,10 +190,10 @@ def test_two_ranks_sum_to_one(registry: Registry, name: str) -> None:
 
 def test_slots_of_combined_gradients_split_exactly_too(registry: Registry) -> None:
     objective = whole_loss(registry, "ppo")
-    policy = replace(objective.parts[0], slots=("a", "b"))  # type: ignore[type-var]
+    policy = replace(objective.parts[0], slots=("a", "b"))
     several = Sum((policy, *objective.parts[1:]))
     step = step_data(several)
-    step.columns["advantages"] = np.stack([step.columns["advantages"], -0.3 * step.columns["advantages"]])  # type: ignore[index]
+    step.columns["advantages"] = np.stack([step.columns["advantages"], -0.3 * step.columns["advantages"]])
     gramians = []
     for n in (1, 2, 4):
         model = learner(registry, "float64")
@@ -207,7 +207,7 @@ def test_slots_of_combined_gradients_split_exactly_too(registry: Registry) -> No
 
 def test_a_combiner_with_equal_weights_is_the_sum_of_slots(registry: Registry) -> None:
     objective = whole_loss(registry, "ppo")
-    several = Sum((replace(objective.parts[0], slots=("a", "b")), *objective.parts[1:]))  # type: ignore[type-var]
+    several = Sum((replace(objective.parts[0], slots=("a", "b")), *objective.parts[1:]))
     r, keep, columns, correction = data()
     A = columns["advantages"]
 
@@ -220,7 +220,7 @@ def test_a_combiner_with_equal_weights_is_the_sum_of_slots(registry: Registry) -
     for loss, advantages, combiner in ((objective, A, None), (several, np.stack([0.25 * A, 0.75 * A]), Equal())):
         model = learner(registry, "float64", lr=1e-2)
         optimiser_step([Trained(model, loss)], r, keep, correction, {**columns, "advantages": advantages}, COEF,
-                       batching=FirstFit(), budget=20, comm=SingleProcess(), combiner=combiner)  # type: ignore[arg-type]
+                       batching=FirstFit(), budget=20, comm=SingleProcess(), combiner=combiner)
         weights.append({name: to_numpy(x).copy() for name, x in model.params()})
     for name, x in weights[0].items():
         assert np.allclose(x, weights[1][name], atol=1e-9), name

@@ -13,7 +13,7 @@ import torch
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-import posttrain  # noqa: E402  # after the check that the library is there
+import posttrain  # after the check that the library is there
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own

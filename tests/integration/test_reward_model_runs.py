@@ -12,8 +12,8 @@ import torch
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-import posttrain  # noqa: E402  # after the check that the library is there
-from posttrain.errors import ConfigError, RewardError  # noqa: E402
+import posttrain  # after the check that the library is there
+from posttrain.errors import ConfigError, RewardError
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--plugins", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=9)
     given = parser.parse_args()
-    listing = [sys.executable, "-m", "posttrain.cli", "plugins"]
+    listing = [str(Path(sys.executable).with_name("posttrain")), "plugins"]
     cases: tuple[tuple[str, Callable[..., None], list[str]], ...] = (
         ("python -c pass", piped, [sys.executable, "-c", "pass"]),
         ("discover alone", piped, [sys.executable, "-c", "from posttrain.registry import discover; discover()"]),
@@ -102,7 +102,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         install(Path(folder), given.plugins)
         for count, path in ((0, ""), (given.plugins, folder)):
-            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
+                           "PYTHONPYCACHEPREFIX": str(Path(folder, "bytecode"))}
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip leaves compiled modules, too
             for name, run, command in cases:
                 cpu, wall = measured(partial(run, command, environment), given.repeats)
                 print(f"{name:<34}{count:>12}{cpu:>9.3f}{wall:>9.3f}")

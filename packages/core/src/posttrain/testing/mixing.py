@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
@@ -21,16 +22,16 @@ from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close
 from posttrain.testing.random_data import in_float64, installed_frameworks
 
 
-class _WithState(ComponentContract):
+class _WithState(ComponentContract, ABC):
     """What controllers owe alike: their state is a value that a checkpoint holds."""
 
+    @abstractmethod
     def started(self, component: Any) -> Any:
         """A state as `init` makes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advanced(self, component: Any, state: Any) -> Any:
         """The state after one more step of a run."""
-        raise NotImplementedError
 
     def test_state_survives_a_checkpoint(self, component: Any) -> None:
         """A resumed run goes on as the uninterrupted one: checkpoints hold the state's fields as JSON."""
