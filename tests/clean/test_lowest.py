@@ -29,8 +29,7 @@ def lowest() -> dict[str, str]:
         lines = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
         for requirement in map(Requirement, lines):
             if not requirement.name.startswith("posttrain"):
-                bound, = requirement.specifier
-                assert bound.operator == ">=", requirement
+                bound, = (part for part in requirement.specifier if part.operator == ">=")
                 found[canonicalize_name(requirement.name)] = bound.version
     pinned = (line.partition("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines())
     return {**found, **{name: version for name, _, version in pinned if name == "torch"}}
