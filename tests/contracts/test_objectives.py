@@ -12,7 +12,7 @@ from posttrain_objectives.entropy import Entropy
 from posttrain_objectives.kl import AdaptiveKL, FixedKL
 from posttrain_objectives.likelihood import SFT
 from posttrain_objectives.policy_gradient import PolicyGradient
-from posttrain_objectives.value import Value
+from posttrain_objectives.value import ActionValue, Value
 
 
 def averaged(denominator: str, rows: list[list[float]], length: int = 0) -> float:
@@ -106,6 +106,19 @@ class TestValue(ObjectiveContract):
         return coef["value"] * total
 
     def average(self, component: Value, column: str, rows: list[list[float]]) -> float:
+        return averaged(component.denominator, rows)
+
+
+class TestActionValue(ObjectiveContract):
+    components = (ActionValue(), ActionValue(denominator="sequence_mean"))
+
+    def oracle(self, component: ActionValue, out: TokenOutputs, held: TokenOutputs, batch: MicroBatch,
+               coef: Mapping[str, float]) -> float:
+        """Half the squared error of Q(s, a)."""
+        return coef["value"] * sum(w * (Q[n] - G[n]) ** 2 / 2 for Q, G in zip(out.action_values, batch.targets)
+                                   for n, w in enumerate(batch.value_weight))
+
+    def average(self, component: ActionValue, column: str, rows: list[list[float]]) -> float:
         return averaged(component.denominator, rows)
 
 

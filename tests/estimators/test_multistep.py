@@ -138,7 +138,7 @@ class TestGAE:
         np.testing.assert_allclose(GAE(1.0, 1.0)(e).advantages, [-1e99, -1e100])
 
     def test_refuses_a_batch_without_the_values_it_needs(self) -> None:
-        with pytest.raises(ValueError, match=r"gae needs Episodes\.values"):
+        with pytest.raises(ValueError, match=r"GAE needs Episodes\.values"):
             GAE()(Episodes.from_rows([[1.0]]))
         truncated = Episodes.from_rows([[1.0], [1.0]], values=[[1.0], [1.0]], terminated=[True, False])
         with pytest.raises(ValueError, match="episode 1 is truncated and there are no bootstrap_values"):

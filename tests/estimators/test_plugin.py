@@ -6,10 +6,11 @@ import ast
 import inspect
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from importlib import import_module
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from posttrain.data import Episodes
 from posttrain.hookspecs import Component
@@ -26,22 +27,34 @@ def class_of(component: Component) -> type:
 
 
 def test_names() -> None:
-    assert set(DECLARED) == {"reinforce", "grpo", "dr_grpo", "rloo", "gae"}
-    assert {component.kind for component in DECLARED.values()} == {"estimator"}
+    names = {kind: {c.name for c in DECLARED.values() if c.kind == kind} for kind in ("estimator", "correction")}
+    assert names["estimator"] == {
+        "reinforce", "reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "rloo", "opo", "remax", "process",
+        "gae", "td_lambda", "td0", "monte_carlo", "n_step", "upgo", "vtrace", "retrace", "tree_backup", "clipped_is"}
+    assert names["correction"] == {"tis", "icepop", "geometric_mask"}
+    assert len(DECLARED) == sum(map(len, names.values()))
 
 
 @every
 def test_can_be_made_and_called(name: str) -> None:
     component = DECLARED[name]
     made = class_of(component)(**component.defaults)
-    batch = Episodes.from_rows([[0.0, 1.0], [0.5]], values=[[0.1, 0.2], [0.3]], bootstrap_values=[0.0, 0.4])
-    assert made(batch).advantages.shape == (3,)
+    rows = [[0.1, 0.2], [0.3]]
+    batch = replace(
+        Episodes.from_rows([[0.0, 1.0], [0.5]], values=rows, bootstrap_values=[0.0, 0.4], action_values=rows,
+                           expected_action_values=rows, logprobs=[[-1.0, -2.0], [-0.5]],
+                           behavior_logprobs=[[-1.1, -1.9], [-0.5]]), greedy_rewards=np.array([0.5, 0.5]))
+    result = made(batch)
+    assert (result.advantages if component.kind == "estimator" else result.weight).shape == (3,)
     assert component.summary and component.source
 
 
 def test_presets_are_what_their_papers_say() -> None:
     batch = Episodes.from_rows([[1.0], [2.0], [6.0]])
-    made = {name: class_of(c)(**c.defaults)(batch).advantages.tolist() for name, c in DECLARED.items() if name != "gae"}
+    made = {name: class_of(DECLARED[name])(**DECLARED[name].defaults)(batch).advantages.tolist()
+            for name in ("dr_grpo", "rloo", "opo", "reinforce", "reinforce_pp", "grpo")}
+    assert made["opo"] == made["dr_grpo"]  # equal lengths
+    assert made["reinforce_pp"] == pytest.approx([x / 7.0 ** 0.5 for x in (-2.0, -1.0, 3.0)], rel=1e-8)
     assert made["dr_grpo"] == [-2.0, -1.0, 3.0]
     assert made["rloo"] == [-3.0, -1.5, 4.5]
     assert made["reinforce"] == [1.0, 2.0, 6.0]

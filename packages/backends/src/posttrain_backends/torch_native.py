@@ -84,7 +84,8 @@ class Torch:
 
     @property
     def provides(self) -> frozenset[Output]:
-        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES})
+        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
+                          Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES})
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
@@ -102,13 +103,12 @@ class Torch:
             torch.manual_seed(request.seed)  # dropout in a module of the user's draws from torch's own generator
         model = self._user_model(request) if self.file else self._decoder(request)
         learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
-                               head_rows=self.head_chunk, comm=request.comm)
+                               action_value_heads=request.action_value_heads, head_rows=self.head_chunk,
+                               comm=request.comm)
         if self.weights:
             folder = Path(self.weights)
             files.copy_named(files.read_weights(folder).items(), model.state_dict(), f"policy.weights {folder}")
-            found = files.read_value_head(folder)
-            if found and learner.value_head is not None:
-                files.copy_named(found.items(), learner.value_head.state_dict(), f"the value head in {folder}")
+            learner.load_heads(folder)
         return learner
 
     def _decoder(self, request: LoadRequest) -> Decoder:

@@ -23,6 +23,7 @@ from posttrain.protocols import (
     LoadRequest,
     Need,
     Objective,
+    OffPolicy,
     Optimization,
     Output,
     PromptSource,
@@ -36,7 +37,7 @@ from posttrain.schema import Settings
 from posttrain.shape import PROTOCOLS, misshapen
 from posttrain.state import RunState
 from posttrain.supervised import require_answers
-from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of
+from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of, weighs
 from posttrain.update import Trained
 
 _ROWS_AT_A_TIME = 2**16
@@ -46,7 +47,7 @@ _ROWS_AT_A_TIME = 2**16
 def reward_columns(settings: Settings) -> tuple[str, ...]:
     """The columns that are estimated one by one."""
     several = settings.combiner is not None or settings.gradient_combiner is not None
-    return tuple(settings.rewards) if several else (SUM,)
+    return tuple(name for name, entry in settings.rewards.items() if not entry.bootstrap) if several else (SUM,)
 
 
 def needs_of(settings: Settings) -> frozenset[Need]:
@@ -115,10 +116,8 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
         problems.append(Problem(f"objective '{_name(loaded, 'objective')}' learns from given answers; "
                                 "use loop: supervised (recipe: sft)"))
     problems += _check_critic(loaded)
-    for key in ("estimator", "correction"):
-        part = getattr(settings, key)
-        if part is not None and Need.ACTION_VALUES in part.needs:
-            problems.append(Problem(f"{key} '{_name(loaded, key)}' needs 'action_values', which no backend provides"))
+    problems += _check_off_policy(loaded)
+    problems += _check_final_scores(loaded)
     if settings.combiner is not None and settings.gradient_combiner is not None:
         problems.append(Problem("combiner mixes advantages and gradient_combiner mixes gradients; choose one"))
     if settings.gradient_combiner is not None and "slots" not in {f.name for f in fields(settings.objective)}:
@@ -137,15 +136,45 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
                                 f"only {settings.rollout.prompts_per_step} groups (rollout.prompts_per_step)"))
     if settings.replay.reuse > settings.replay.capacity:
         problems.append(Problem("replay.reuse is larger than replay.capacity; no more can be reused than is kept"))
-    if ratio_to_sampler(settings) and settings.correction is not None:
+    return problems
+
+
+def _check_off_policy(loaded: Loaded) -> list[Problem]:
+    """The ratio to the sampler enters the policy's loss once."""
+    settings, problems, estimator = loaded.settings, [], _name(loaded, "estimator")
+    correction = settings.correction
+    if ratio_to_sampler(settings) and correction is not None:
         problems.append(Problem("update.old_logprobs: behavior corrects for the sampler in the ratio; a correction "
                                 "would do it twice"))
+    if not weighs(settings.estimator):
+        return problems
+    if ratio_to_sampler(settings):
+        problems.append(Problem(f"update.old_logprobs: behavior corrects for the sampler in the ratio, and estimator "
+                                f"'{estimator}' in its advantages; leave old_logprobs out"))
+    if correction is not None and not (isinstance(correction, OffPolicy) and not correction.corrects_for_sampler):
+        problems.append(Problem(f"estimator '{estimator}' corrects for the sampler in its advantages; correction "
+                                f"'{_name(loaded, 'correction')}' would do it twice: leave one of them out"))
     return problems
+
+
+def _check_final_scores(loaded: Loaded) -> list[Problem]:
+    """A reward scores the ends of truncated episodes exactly where the estimator asks for it."""
+    settings, estimator = loaded.settings, _name(loaded, "estimator")
+    scoring = [name for name, entry in settings.rewards.items() if entry.bootstrap]
+    if Need.FINAL_SCORES in settings.estimator.needs and len(scoring) != 1:
+        return [Problem(f"estimator '{estimator}' continues truncated episodes with the score of one reward, and "
+                        f"{len(scoring) or 'none'} of the rewards have bootstrap: true; give it to exactly one")]
+    if scoring and Need.FINAL_SCORES not in settings.estimator.needs:
+        return [Problem(f"rewards.{scoring[0]}.bootstrap: estimator '{estimator}' continues with no reward's score; "
+                        "set estimator.bootstrap: score where it has that field, or leave it out")]
+    return []
 
 
 def _check_critic(loaded: Loaded) -> list[Problem]:
     """A critic is there exactly where the estimator asks for values, and is trained on what it gives."""
     settings, estimator = loaded.settings, _name(loaded, "estimator")
+    if Need.ACTION_VALUES in settings.estimator.needs:
+        return _check_action_values(loaded)
     needed = Need.VALUES in settings.estimator.needs
     if needed and settings.critic is None:
         return [Problem(f"estimator '{estimator}' needs 'values'; add a critic (critic: policy) or use one of: "
@@ -153,9 +182,25 @@ def _check_critic(loaded: Loaded) -> list[Problem]:
     if settings.critic is not None and not needed:
         return [Problem(f"estimator '{estimator}' gives nothing to train a critic on; set critic: none or use one of: "
                         f"{', '.join(_estimators(loaded.registry, values=True))}")]
-    if settings.critic is not None and Need.TARGETS not in settings.value_objective.needs:
-        return [Problem(f"value_objective '{_name(loaded, 'value_objective')}' trains no critic; use value")]
+    if settings.critic is not None and Output.VALUES not in settings.value_objective.outputs:
+        return [Problem(f"value_objective '{_name(loaded, 'value_objective')}' trains no critic of states; use value")]
     return []
+
+
+def _check_action_values(loaded: Loaded) -> list[Problem]:
+    """Action values are averaged under the policy over the whole vocabulary, so the policy's own model gives them."""
+    settings, problems = loaded.settings, []
+    who = f"estimator '{_name(loaded, 'estimator')}' needs 'action_values'"
+    if settings.critic != SHARED_CRITIC:
+        problems.append(Problem(f"{who}, from a head on the policy's trunk; set critic: policy and "
+                                "value_objective: action_value"))
+    elif Output.ACTION_VALUES not in settings.value_objective.outputs:
+        problems.append(Problem(f"{who}, which value_objective '{_name(loaded, 'value_objective')}' does not train; "
+                                "set value_objective: action_value"))
+    if Output.ACTION_VALUES not in settings.policy.provides:
+        problems.append(Problem(f"{who}, which backend '{_name(loaded, 'policy')}' does not provide; use policy: torch "
+                                "or policy: hf"))
+    return problems
 
 
 def _estimators(registry: Registry, values: bool) -> list[str]:
@@ -208,8 +253,10 @@ def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
 
 def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:
     """What the policy's backend is asked for."""
+    heads = len(reward_columns(settings)) if settings.critic == SHARED_CRITIC else 0
+    of_actions = Need.ACTION_VALUES in settings.estimator.needs
     return LoadRequest(
-        tokenizer.vocab_size, value_heads=len(reward_columns(settings)) if settings.critic == SHARED_CRITIC else 0,
+        tokenizer.vocab_size, value_heads=0 if of_actions else heads, action_value_heads=heads if of_actions else 0,
         seed=settings.seed, threads=settings.threads, optimization=optimization_of(settings, settings.optimizer),
         comm=SingleProcess())
 
@@ -236,7 +283,8 @@ def reference_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> Score
     if given is None and isinstance(policy, Adapted) and (base := policy.base()) is not None:
         return base
     with importing(loaded, "reference"):
-        reference: Scorer = (given or loaded.settings.policy).load(replace(request, value_heads=0, optimization=None))
+        reference: Scorer = (given or loaded.settings.policy).load(replace(
+            request, value_heads=0, action_value_heads=0, optimization=None))
     return reference
 
 

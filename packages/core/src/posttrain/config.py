@@ -67,6 +67,9 @@ class RewardEntry:
     """What becomes of a row on which it raises."""
     on_timeout: Rule = "drop_sample"
     """What becomes of a row on which it does not answer in time, or ends its process."""
+    bootstrap: bool = False
+    """It is no part of the sum: its score of a truncated episode is the value with which an estimator whose field
+    `bootstrap` is `score` goes on."""
     origin: Origin | None = None
     """Where a worker finds it; None where it was handed over from Python."""
 
@@ -77,7 +80,7 @@ class RewardEntry:
             raise ValueError(f"timeout must be positive and finite, got {self.timeout}")
 
 
-RULES = ("weight", "timeout", "on_error", "on_timeout")
+RULES = ("weight", "timeout", "on_error", "on_timeout", "bootstrap")
 """Fields of a reward's entry that stand beside those of the reward itself."""
 WORKER_RULES = ("timeout", "on_timeout")
 """Those of them that mean something only where a reward is called in a worker."""

@@ -117,6 +117,8 @@ class Rollouts:
     """name -> [M] float64, a reward column on tokens; an outcome stands on the episode's last token."""
     excluded: Mapping[str, np.ndarray] = field(default_factory=dict)
     """name -> [E] bool, episodes to which that reward does not apply."""
+    greedy_rewards: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """name -> [E] float64, that reward of the greedy answer to the episode's prompt, where one was asked for."""
     sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ class Rollouts:
             "terminated": (self.terminated, E), "prompts": (self.prompts, E), "completions": (self.completions, E),
             **{f"rewards[{name!r}]": (x, M) for name, x in self.rewards.items()},
             **{f"excluded[{name!r}]": (x, E) for name, x in self.excluded.items()},
+            **{f"greedy_rewards[{name!r}]": (x, E) for name, x in self.greedy_rewards.items()},
         }
         N = int(self.is_action.sum())
         for name in ("behavior_logprobs", "policy_version", "turn"):
@@ -184,6 +187,7 @@ class Rollouts:
             prompts=tuple(self.prompts[e] for e in episodes), completions=tuple(self.completions[e] for e in episodes),
             rewards={n: c[t] for n, c in self.rewards.items()},
             excluded={n: c[episodes] for n, c in self.excluded.items()},
+            greedy_rewards={n: c[episodes] for n, c in self.greedy_rewards.items()},
             behavior_logprobs=picked(self.behavior_logprobs), policy_version=picked(self.policy_version),
             turn=picked(self.turn))
 
@@ -206,11 +210,13 @@ class Rollouts:
             completions=tuple(x for p in parts for x in p.completions),
             behavior_logprobs=joined("behavior_logprobs"), policy_version=joined("policy_version"), turn=joined("turn"),
             rewards={n: np.concatenate([p.rewards[n] for p in parts]) for n in head.rewards},
-            excluded={n: np.concatenate([p.excluded[n] for p in parts]) for n in head.excluded})
+            excluded={n: np.concatenate([p.excluded[n] for p in parts]) for n in head.excluded},
+            greedy_rewards={n: np.concatenate([p.greedy_rewards[n] for p in parts]) for n in head.greedy_rewards})
 
 
 _ACTION_COLUMNS = ("values", "action_values", "expected_action_values", "logprobs", "behavior_logprobs",
                    "ref_logprobs", "turn")
+_EPISODE_COLUMNS = ("bootstrap_values", "final_scores", "greedy_rewards")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,14 +242,22 @@ class Episodes:
     """[N] value of the state before each action."""
     bootstrap_values: Array | None = None
     """[E] value of the state after the last action; ignored where terminated."""
+    final_scores: Array | None = None
+    """[E] what a reward says of the state after the last action, in place of a critic; ignored where terminated."""
+    greedy_rewards: Array | None = None
+    """[E] sum of the rewards of the greedy answer to the same prompt."""
     action_values: Array | None = None
+    """[N] Q(s, a) of the state before each action and the action taken."""
     expected_action_values: Array | None = None
+    """[N] sum over all actions of pi(a|s) Q(s, a), in the state before each action; `bootstrap_values` is the same of
+    the state after the last one where values come from action values."""
     logprobs: Array | None = None
     """[N] under the policy before the update (pi_old)."""
     behavior_logprobs: Array | None = None
     """[N] under the sampler (mu)."""
     ref_logprobs: Array | None = None
-    turn: Array | None = None
+    turn: np.ndarray | None = None
+    """[N] int, not falling within an episode; NumPy whatever the framework, as `offsets`."""
 
     def __post_init__(self) -> None:
         E, N = self.n_episodes, len(self.rewards)
@@ -252,18 +266,18 @@ class Episodes:
             raise ValueError(f"episode {empty[0]} has no action; drop such episodes before building Episodes")
         if self.offsets[0] != 0 or self.offsets[-1] != N:
             raise ValueError(f"offsets must rise from 0 to the number of actions, {N}")
-        for name, length in [("terminated", E), ("group", E), ("bootstrap_values", E),
+        for name, length in [("terminated", E), ("group", E), *((n, E) for n in _EPISODE_COLUMNS),
                              *((n, N) for n in _ACTION_COLUMNS)]:
             column = getattr(self, name)
             if column is not None and len(column) != length:
                 raise ValueError(f"Episodes.{name} has length {len(column)}, expected {length}")
         episode = np.repeat(np.arange(E), np.diff(self.offsets))
-        for name in ("rewards", *_ACTION_COLUMNS, "bootstrap_values"):
+        for name in ("rewards", *_ACTION_COLUMNS, *_EPISODE_COLUMNS):
             if (column := getattr(self, name)) is None:
                 continue
             bad = np.flatnonzero(~np.isfinite(to_numpy(column).astype(np.float64)))
             if len(bad):
-                e = bad[0] if name == "bootstrap_values" else episode[bad[0]]
+                e = bad[0] if name in _EPISODE_COLUMNS else episode[bad[0]]
                 raise ValueError(f"Episodes.{name} is {to_numpy(column)[bad[0]]} in episode {e}, it must be finite")
 
     @property
@@ -353,6 +367,11 @@ class TokenOutputs:
     bootstrap_values: Array | None = None
     """[k, E] value of the state after each episode's last token."""
     action_values: Array | None = None
+    """[k, N] Q(s, a) of the action taken, one row per reward column."""
+    expected_action_values: Array | None = None
+    """[k, N] sum over the vocabulary of pi(a|s) Q(s, a); carries no gradient."""
+    expected_bootstrap_values: Array | None = None
+    """[k, E] the same after each episode's last token."""
     aux: Mapping[str, Array] = field(default_factory=dict)
 
 

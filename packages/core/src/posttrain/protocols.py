@@ -42,6 +42,14 @@ class Need(StrEnum):
     VALUES = "values"
     """Values and bootstrap values of the critic before the update."""
     ACTION_VALUES = "action_values"
+    """Action values of a critic before the update: those of the actions taken, and their mean under the policy, also
+    in the state after the last action (`bootstrap_values`)."""
+    FINAL_SCORES = "final_scores"
+    """The score of a reward with `bootstrap: true`, of truncated episodes."""
+    GREEDY_REWARDS = "greedy_rewards"
+    """Rewards of one greedy answer to each prompt."""
+    TURN = "turn"
+    """Which turn of its episode an action belongs to."""
     LOGPROBS = "logprobs"
     """Log-probs of the trainer before the update, pi_old."""
     BEHAVIOR_LOGPROBS = "behavior_logprobs"
@@ -56,6 +64,10 @@ class Output(StrEnum):
     VALUES = "values"
     BOOTSTRAP_VALUES = "bootstrap_values"
     ACTION_VALUES = "action_values"
+    """Of the actions taken; differentiable."""
+    EXPECTED_ACTION_VALUES = "expected_action_values"
+    """Mean over the vocabulary under the policy, of the state before each action and after each episode's last token;
+    asked for in scoring only."""
     EXPERT_LOAD = "expert_load"
 
 
@@ -65,6 +77,15 @@ class Estimator(Protocol):
     @property
     def needs(self) -> frozenset[Need]: ...
     def __call__(self, episodes: Episodes, /) -> Estimate: ...
+
+
+@runtime_checkable
+class OffPolicy(Protocol):
+    """What an estimator or a correction may be beside its kind: one that says whether it weighs the policy's loss by
+    pi_old / mu. A correction that does not say so is taken to weigh, an estimator is not."""
+
+    @property
+    def corrects_for_sampler(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,6 +276,9 @@ class LoadRequest:
     """Rows of the embedding the tokenizer needs; 0 where the model brings its own."""
     value_heads: int = 0
     """Scalar value outputs, one per reward column that a critic estimates."""
+    action_value_heads: int = 0
+    """Action-value outputs, one per reward column and each as wide as the vocabulary: Q(s, a) of every action a. For a
+    model with log-probs, whose policy they are averaged under; a backend without them refuses any but 0."""
     seed: int = 0
     threads: int = 0
     """CPU threads the framework may use; 0 leaves its own default."""

@@ -61,6 +61,7 @@ def to_files(replay: Replay) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = {name: x for name in _TOKEN_ARRAYS if (x := getattr(r, name)) is not None}
     arrays |= {f"rewards.{name}": x for name, x in r.rewards.items()}
     arrays |= {f"excluded.{name}": x for name, x in r.excluded.items()}
+    arrays |= {f"greedy_rewards.{name}": x for name, x in r.greedy_rewards.items()}
     arrays["iteration"] = replay.iteration
     prompts = [{f.name: getattr(p, f.name) for f in fields(Prompt)} for p in r.prompts]
     return arrays, {"prompts": prompts, "completions": list(r.completions), "sampling": asdict(r.sampling)}
@@ -80,6 +81,7 @@ def from_files(arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> R
         return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     rollouts = Rollouts(
         **{name: arrays[name] for name in _TOKEN_ARRAYS if name in arrays}, rewards=named("rewards."),
-        excluded=named("excluded."), prompts=tuple(prompt(row) for row in values["prompts"]),
-        completions=tuple(values["completions"]), sampling=Sampling(**sampling))
+        excluded=named("excluded."), greedy_rewards=named("greedy_rewards."),
+        prompts=tuple(prompt(row) for row in values["prompts"]), completions=tuple(values["completions"]),
+        sampling=Sampling(**sampling))
     return Replay(rollouts, arrays["iteration"])

@@ -96,6 +96,8 @@ class UpdateSettings:
     old_logprobs: Literal["auto", "recompute", "behavior"] = "auto"
     """pi_old of the ratio: recomputed by the trainer, or the sampler's own. `auto` takes the sampler's where rollouts
     are stale or replayed and no correction is configured, so that the ratio then corrects for the sampler."""
+    non_finite_logprobs: Literal["reject", "one"] = "reject"
+    """Actions whose sampler's log-prob is no finite number: left out of the update, or taken with ratio 1."""
     entropy_coef: float = 0.0
     value_coef: float = 0.5
     """Weight of the value loss where critic and policy share a trunk."""
@@ -187,7 +189,8 @@ class Settings:
     rewards: Mapping[str, Any] = parts("reward")
     """Named rewards. Beside `use:` or `file:` each has `weight: 1.0` in the sum, `timeout: 30.0` seconds for a call,
     and what becomes of a row: `on_error: fail` where it raises, `on_timeout: drop_sample` where it does not answer or
-    its process dies; both take `fail`, `drop_sample`, `drop_group` or `zero`."""
+    its process dies; both take `fail`, `drop_sample`, `drop_group` or `zero`. `bootstrap: true` takes it out of the
+    sum: it scores the states in which truncated episodes end, for an estimator with `bootstrap: score`."""
     reward_workers: RewardWorkerSettings = field(default_factory=RewardWorkerSettings)
     estimator: Any = part("estimator", "grpo")
     correction: Any = part("correction")

@@ -49,7 +49,19 @@ class Annotations:
     values: np.ndarray | None = None
     """[k, N]"""
     bootstrap_values: np.ndarray | None = None
-    """[k, E]"""
+    """[k, E] of states, or the mean of action values under the policy"""
+    action_values: np.ndarray | None = None
+    """[k, N]"""
+    expected_action_values: np.ndarray | None = None
+    """[k, N]"""
+    final_scores: np.ndarray | None = None
+    """[E]"""
+
+    def with_critic(self, out: TokenOutputs) -> Annotations:
+        """The same with what a critic said."""
+        last = out.expected_bootstrap_values if out.bootstrap_values is None else out.bootstrap_values
+        return replace(self, values=out.values, bootstrap_values=last, action_values=out.action_values,
+                       expected_action_values=out.expected_action_values)
 
 
 def score(scorer: Scorer, rollouts: Rollouts, outputs: frozenset[Output], batching: Batching,
@@ -78,7 +90,10 @@ def _in_order(rollouts: Rollouts, parts: Sequence[np.ndarray], scored: Sequence[
         return None if columns[0] is None else np.concatenate(columns, axis=-1)[..., index]
     return TokenOutputs(
         logprobs=joined("logprobs", by_action), entropy=joined("entropy", by_action),
-        values=joined("values", by_action), bootstrap_values=joined("bootstrap_values", position))
+        values=joined("values", by_action), bootstrap_values=joined("bootstrap_values", position),
+        action_values=joined("action_values", by_action),
+        expected_action_values=joined("expected_action_values", by_action),
+        expected_bootstrap_values=joined("expected_bootstrap_values", position))
 
 
 def folded(rollouts: Rollouts, column: np.ndarray) -> np.ndarray:
@@ -111,13 +126,18 @@ def episodes_of(rollouts: Rollouts, column: str, notes: Annotations, row: int = 
     rewards = folded(rollouts, rollouts.rewards[column])
     if penalty is not None:
         rewards = rewards - penalty
-    def picked(x: np.ndarray | None) -> np.ndarray | None:
-        return None if x is None else np.asarray(x[..., chosen], np.float64)
-    values = None if notes.values is None else notes.values[row]
-    bootstrap = None if notes.bootstrap_values is None else np.asarray(notes.bootstrap_values[row][alive], np.float64)
+    def picked(x: np.ndarray | None, which: np.ndarray = chosen) -> np.ndarray | None:
+        return None if x is None else np.asarray(x[which], np.float64)
+    def of_row(x: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None else x[row]
     return Episodes(
         offsets=offsets_of(actions[alive]), rewards=rewards[chosen], terminated=rollouts.terminated[alive],
-        group=rollouts.group[alive], values=picked(values), bootstrap_values=bootstrap, logprobs=picked(notes.logprobs),
+        group=rollouts.group[alive], values=picked(of_row(notes.values)),
+        bootstrap_values=picked(of_row(notes.bootstrap_values), alive),
+        action_values=picked(of_row(notes.action_values)),
+        expected_action_values=picked(of_row(notes.expected_action_values)),
+        final_scores=picked(notes.final_scores, alive),
+        greedy_rewards=picked(rollouts.greedy_rewards.get(column), alive), logprobs=picked(notes.logprobs),
         behavior_logprobs=picked(rollouts.behavior_logprobs), ref_logprobs=picked(notes.ref_logprobs),
         turn=None if rollouts.turn is None else rollouts.turn[chosen]), chosen
 
@@ -207,7 +227,37 @@ def measured_kl(notes: Annotations) -> Metric:
 
 def needed_outputs(needs: frozenset[Need]) -> frozenset[Output]:
     """What the critic must be asked for."""
-    return frozenset({Output.VALUES, Output.BOOTSTRAP_VALUES}) if Need.VALUES in needs else frozenset()
+    return frozenset(output for need, outputs in _OF_CRITIC.items() if need in needs for output in outputs)
+
+
+_OF_CRITIC: Mapping[Need, tuple[Output, ...]] = {
+    Need.VALUES: (Output.VALUES, Output.BOOTSTRAP_VALUES),
+    Need.ACTION_VALUES: (Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES)}
+
+
+def final_scores(rollouts: Rollouts, column: str, weight: float) -> np.ndarray:
+    """[E] weighted score that a reward gives to truncated episodes; 0 for those that terminated. Raises `RewardError`
+    for a truncated one to which it does not apply."""
+    totals, excluded = episode_rewards(rollouts, column)
+    missing = np.flatnonzero(excluded & ~rollouts.terminated & (rollouts.episode_actions > 0))
+    if len(missing):
+        where = rollouts.prompts[missing[0]].where or f"number {missing[0]} of the step"
+        raise RewardError(f"reward '{column}' gives no score to a truncated episode (row {where}), and with "
+                          "bootstrap: true the estimator continues with it; let it score unfinished answers, too")
+    return np.where(rollouts.terminated | excluded, 0.0, weight * totals)
+
+
+def trusted(rollouts: Rollouts, notes: Annotations) -> tuple[Rollouts, np.ndarray]:
+    """The rollouts with every sampler's log-prob that is no finite number replaced by the trainer's (ratio 1; 0 where
+    that was not computed), and [N] bool, where nothing had to be replaced."""
+    mu = rollouts.behavior_logprobs
+    if mu is None:
+        return rollouts, np.ones(int(rollouts.is_action.sum()), bool)
+    known = np.isfinite(mu)
+    if known.all():
+        return rollouts, known
+    pi = np.zeros_like(mu) if notes.logprobs is None else np.asarray(notes.logprobs, mu.dtype)
+    return replace(rollouts, behavior_logprobs=np.where(known, mu, pi)), known
 
 
 def has_variance(rollouts: Rollouts, column: str) -> np.ndarray:

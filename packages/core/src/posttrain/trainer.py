@@ -28,6 +28,7 @@ from posttrain.protocols import (
     GradientCombiner,
     Learner,
     Need,
+    OffPolicy,
     Output,
     PromptSource,
     Sampler,
@@ -43,12 +44,15 @@ from posttrain.steps import (
     Annotations,
     advantages,
     described,
+    episode_rewards,
+    final_scores,
     has_variance,
     kl_penalty,
     measured_kl,
     needed_outputs,
     sampler_gap,
     score,
+    trusted,
 )
 from posttrain.timing import Phases
 from posttrain.update import Schedule, Trained, update
@@ -109,10 +113,14 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
         return state, metrics, fresh
     with phases("score"):
         notes, budget = annotate(parts, rollouts, state.budget)
+    rollouts, known = trusted(rollouts, notes)
+    metrics += {"sampler/non_finite": Metric(float((~known).sum()), reduction="sum")}
     metrics += sampler_gap(rollouts, notes) + lag(rollouts, parts.policy.version)
     penalty = kl_penalty(parts.kl, state.kl.coef, notes) if parts.kl.placement == "reward" else None
     signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
                         combiner=parts.combiner, combiner_state=state.combiner, names=parts.names, penalty=penalty)
+    if settings.update.non_finite_logprobs == "reject":
+        signal = replace(signal, keep=signal.keep & known)
     coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef}
     schedule = Schedule(settings.update.steps_per_rollout, settings.update.epochs, (settings.seed, step, 2))
     with phases("update"):
@@ -148,6 +156,9 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
             dropped += int((~alive).sum()) // rollout.group_size
             rollouts = rollouts.select(np.flatnonzero(alive))
             wanted -= rollouts.n_episodes // rollout.group_size
+        if Need.GREEDY_REWARDS in parts.needs:
+            rollouts, failures = with_greedy(parts, settings, rollouts, (settings.seed, step, attempt, 1))
+            metrics += failures.prefixed("greedy")
         kept.append(rollouts)
         if not rollout.filter_zero_variance or wanted == 0:
             break
@@ -160,6 +171,21 @@ def rewarded(parts: Parts, settings: Settings, rollouts: Rollouts) -> tuple[Roll
     """The rollouts with every reward and their sum, and how the rewards failed."""
     scored, failures = score_rewards(rollouts, parts.rewards, parts.workers, settings.reward_workers.max_error_rate)
     return summed(scored, parts.rewards), failures
+
+
+def with_greedy(parts: Parts, settings: Settings, rollouts: Rollouts,
+                seed: Sequence[int]) -> tuple[Rollouts, Metrics]:
+    """The rollouts with the rewards of one greedy answer to each of their prompts, and how the rewards failed. A reward
+    that does not apply to the greedy answer does not apply to the others."""
+    _, first, group = np.unique(rollouts.group, return_index=True, return_inverse=True)
+    sampling = replace(sampling_of(settings), temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+    answers = parts.sampler.rollout([rollouts.prompts[e] for e in first], sampling, seed)
+    answers, failures = rewarded(parts, settings, answers)
+    totals, excluded = {}, {}
+    for column in parts.columns:
+        total, missing = episode_rewards(answers, column)
+        totals[column], excluded[column] = total[group], rollouts.excluded[column] | missing[group]
+    return replace(rollouts, greedy_rewards=totals, excluded={**rollouts.excluded, **excluded}), failures
 
 
 def any_to_learn(rollouts: Rollouts, columns: Sequence[str]) -> bool:
@@ -175,17 +201,23 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
         raise ConfigError(["the engine records no log-probs, which the correction or the ratio to the sampler needs"],
                           next_step="take another rollout.engine, or train on policy: no correction, rollout.staleness "
                                     "and replay.capacity 0")
+    if Need.TURN in parts.needs and rollouts.turn is None:
+        raise ConfigError(["the engine records no turns, which the estimator or the correction needs"],
+                          next_step="take another rollout.engine, or unit token or sequence in place of turn")
     notes = Annotations()
     wanted = needed_outputs(parts.needs) if parts.critic is parts.policy else frozenset[Output]()
     if Need.LOGPROBS in parts.needs or wanted:
         out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget)
-        notes = Annotations(out.logprobs, out.entropy, None, out.values, out.bootstrap_values)
+        notes = Annotations(out.logprobs, out.entropy).with_critic(out)
     if parts.critic is not None and parts.critic is not parts.policy:
         out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget)
-        notes = replace(notes, values=out.values, bootstrap_values=out.bootstrap_values)
+        notes = notes.with_critic(out)
     if parts.reference is not None:
         out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
         notes = replace(notes, ref_logprobs=out.logprobs)
+    for entry in parts.rewards:
+        if entry.bootstrap:
+            notes = replace(notes, final_scores=final_scores(rollouts, entry.name, entry.weight))
     return notes, budget
 
 
@@ -199,8 +231,13 @@ def old_logprobs(settings: Settings, rollouts: Rollouts, notes: Annotations) -> 
 def ratio_to_sampler(settings: Settings) -> bool:
     """Whether the ratio is taken to the sampler's own log-probs."""
     off_policy = settings.rollout.staleness > 0 or settings.replay.capacity > 0
-    automatic = off_policy and settings.correction is None
+    automatic = off_policy and settings.correction is None and not weighs(settings.estimator)
     return {"auto": automatic, "behavior": True, "recompute": False}[settings.update.old_logprobs]
+
+
+def weighs(estimator: Estimator) -> bool:
+    """Whether its advantages carry the ratio to the sampler already."""
+    return isinstance(estimator, OffPolicy) and estimator.corrects_for_sampler
 
 
 def optimiser_steps(settings: Settings) -> int:

@@ -39,6 +39,8 @@ def _other_objectives() -> Iterable[Component]:
                   "negative log-likelihood of given answers"),
         Component("objective", "value", "posttrain_objectives.value:Value", "squared error of a critic, optional clip",
                   source="Schulman et al. 2017, arXiv 1707.06347, section 6"),
+        Component("objective", "action_value", "posttrain_objectives.value:ActionValue",
+                  "squared error of a critic's action values", source="Wang et al. 2017, arXiv 1611.01224"),
         Component("objective", "entropy", "posttrain_objectives.entropy:Entropy", "entropy bonus",
                   source="Williams and Peng 1991, Connection Science 3"),
     )

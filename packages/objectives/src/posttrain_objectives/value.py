@@ -1,4 +1,4 @@
-"""The loss of a critic. Knows neither the policy's loss nor how targets are made."""
+"""The losses of a critic: of values, and of action values. Knows neither the policy's loss nor how targets are made."""
 
 from __future__ import annotations
 
@@ -75,6 +75,51 @@ class Value:
             squared = ops.xp.maximum(squared, clipped)
         total = ops.xp.sum(weight * (0.5 * squared))
         return Loss({"value": Term(total, coef["value"])}, metrics)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ActionValue:
+    """`sum(value_weight * (Q(s, a) - G)^2 / 2)` of the actions taken, added over the k action-value heads.
+
+    Reads `action_values` [k, N] and, of the batch, `targets` [k, N] and `value_weight` [N]: the squared error whose
+    gradient step moves Q towards a return such as Retrace's (Wang et al. 2017, arXiv 1611.01224, section 3.1). Rows
+    of other actions get no gradient. Raises `ValueError` where a column is missing.
+
+    Metrics are those of `Value`, with Q(s, a) in place of v: `value/target`, `value/target_squared`, `value/error`,
+    `value/error_squared` (`value/0/target` and so on with several heads).
+    """
+
+    denominator: Mean = "token_mean"
+    """Mean over actions, or mean over episodes of their means."""
+
+    def __post_init__(self) -> None:
+        require_choice("denominator", self.denominator, ("token_mean", "sequence_mean"))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.TARGETS})
+
+    @property
+    def outputs(self) -> frozenset[Output]:
+        return frozenset({Output.ACTION_VALUES})
+
+    @property
+    def unit(self) -> Literal["action", "episode", "group"]:
+        return "action"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("main",)
+
+    def weights(self, counts: Counts) -> Weights:
+        return Weights(value_weight=action_weights(self.denominator, counts))
+
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
+        Q: Array = required(out, "action_values")
+        G: Array = ops.stop_gradient(required(batch, "targets"))
+        total = ops.xp.sum(batch.value_weight * (0.5 * (Q - G) ** 2))
+        return Loss({"value": Term(total, coef["value"])}, _moments(ops, Q, G, batch.value_weight))
 
 
 def _bounded(ops: Ops, v: Array, old: Array | None, clip: float) -> Array:

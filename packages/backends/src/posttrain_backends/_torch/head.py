@@ -1,4 +1,5 @@
-"""Log-probs and entropies of chosen tokens from hidden states, without ever holding all logits.
+"""What output matrices say of hidden states, without ever holding all logits: log-probs and entropies of chosen tokens,
+action values of chosen tokens, and action values averaged under the policy.
 
 Rows go through the output matrix in chunks; the backward pass computes each chunk's logits anew (8NHV operations where
 logits in memory would need 6NHV), so the peak is one kept chunk and its gradient instead of several [N, V] arrays.
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_CELLS: Mapping[str, int] = {"cpu": 2**22, "cuda": 2**27}
@@ -34,6 +36,50 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, *, temperatu
     logprobs, entropies = _ChosenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype)
     return logprobs, entropies if entropy else None
+
+
+def chosen_action_values(hidden: Tensor, q_weight: Tensor, q_bias: Tensor, chosen: Tensor) -> Tensor:
+    """Q_j(s, c) = q_weight[j, c] . h(s) + q_bias[j, c] of each state and its chosen token c, for the k heads j.
+
+    hidden [N, H], q_weight [k, V, H], q_bias [k, V], chosen [N] -> [k, N] in the type of `q_weight`; differentiable in
+    all three. Only the chosen rows are read: memory is [k, N, H], in the backward pass also one gradient of the size of
+    `q_weight`, and nothing is as large as [N, V].
+    """
+    k, V, H = q_weight.shape
+    rows = chosen + V * torch.arange(k, device=chosen.device)[:, None]
+    weight = F.embedding(rows, q_weight.reshape(k * V, H))
+    bias = F.embedding(rows, q_bias.reshape(k * V, 1))[..., 0]
+    values: Tensor = torch.linalg.vecdot(weight, hidden.to(q_weight.dtype))
+    return values + bias
+
+
+@torch.no_grad()
+def expected_values(hidden: Tensor, weight: Tensor, q_weight: Tensor, q_bias: Tensor, *, temperature: float = 1.0,
+                    rows: int = 0, compute: torch.dtype | None = None) -> Tensor:
+    """E_pi Q_j(s, .) = sum_a pi(a|s) Q_j(s, a) over the whole vocabulary, with pi = softmax(h @ weight.T / temperature)
+    and Q_j(s, a) = q_weight[j, a] . h(s) + q_bias[j, a]; carries no gradient.
+
+    hidden [N, H], weight [V, H], q_weight [k, V, H], q_bias [k, V] -> [k, N] in the type of `q_weight`. Logits are
+    multiplied in `compute` (default: the type of `weight`), so that pi is the one of `chosen_logprobs`; action values
+    in their own type, as in `chosen_action_values`, so that Q - E_pi Q is not the rounding of one of them.
+
+    The average is taken of the rows of `q_weight` before they meet the state, (pi @ q_weight[j]) . h + pi . q_bias[j]:
+    as many operations, and the [rows, V] action values never exist. Peak memory is one chunk of logits and its softmax,
+    2 [rows, V] arrays, and [rows, H], whatever k.
+    """
+    rows = rows or chunk_rows(len(weight), weight.device)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    matrix = weight.to(compute or weight.dtype)
+    expected = torch.empty(len(q_weight), len(hidden), dtype=q_weight.dtype, device=hidden.device)
+    p = torch.empty(0)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        del p  # before the next chunk exists
+        p = _log_softmax(hidden[part], matrix, temperature, exact).exp_().to(q_weight.dtype)
+        state = hidden[part].to(q_weight.dtype)
+        for j, (W, b) in enumerate(zip(q_weight, q_bias)):
+            expected[j, part] = torch.linalg.vecdot(p @ W, state) + p @ b
+    return expected
 
 
 class _ChosenLogProbs(torch.autograd.Function):

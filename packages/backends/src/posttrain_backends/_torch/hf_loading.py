@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.hf_classifier import class_of, read_classifier, read_config
-from posttrain_backends._torch.learner import TorchLearner
+from posttrain_backends._torch.learner import TorchLearner, require_no_action_values
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.hf import (
     TOLERANCE,
@@ -48,15 +48,17 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     model.packed = packs(spec, model)
     model.trees = follows_trees(model)
     learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
-                           head_rows=spec.head_chunk, comm=request.comm)
-    found = files.read_value_head(Path(spec.weights)) if spec.weights else {}
-    if found and learner.value_head is not None:
-        files.copy_named(found.items(), learner.value_head.state_dict(), f"the value head in {spec.weights}")
+                           action_value_heads=request.action_value_heads, head_rows=spec.head_chunk,
+                           comm=request.comm)
+    if spec.weights:
+        learner.load_heads(Path(spec.weights))
     return learner
 
 
 def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.device) -> TorchLearner:
     """A classification model as a learner of values alone."""
+    require_no_action_values(request.action_value_heads,
+                             f"{spec.weights or spec.model} is a {config.architectures[0]}, which")
     if not request.value_heads:
         raise ConfigError(
             [f"{spec.weights or spec.model} is a {config.architectures[0]}, which gives no log-probs; it can be a "

@@ -23,7 +23,7 @@ from posttrain.ops import ops_of
 from posttrain.protocols import Objective, Optimization, Output, Scorer
 from torch import Tensor, nn
 
-from posttrain_backends._torch.head import chosen_logprobs
+from posttrain_backends._torch.head import chosen_action_values, chosen_logprobs, expected_values
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
@@ -32,8 +32,13 @@ from posttrain_backends._torch.optimizer import NamedAdamW
 from posttrain_backends._torch.sharing import computed
 from posttrain_backends._torch.unadapted import Unadapted
 
-VALUE_HEAD = "value_head."
-"""Before the names of the value head's parameters, which belong to the learner and not to the model."""
+HEAD_FILES: Mapping[str, str] = {"value_head": files.VALUE_HEAD, "action_value_head": files.ACTION_VALUE_HEAD}
+"""A head's name, which stands before those of its parameters, and its file beside the model: heads belong to the
+learner and not to the model."""
+_HEAD_OF: Mapping[Output, str] = {
+    Output.VALUES: "value head", Output.ACTION_VALUES: "action-value head",
+    Output.EXPECTED_ACTION_VALUES: "action-value head"}
+"""Outputs that a model gives only where a head was asked for, and the head in words."""
 _COUNTERS = ("version", "bad_steps", "steps")
 """Entries of `state` that are single numbers."""
 _GRAMIAN_COLUMNS = 2**20
@@ -56,22 +61,37 @@ class _Actions:
     """[E] the last token of each episode; [0] where nobody asks for it."""
 
 
+_AT_THE_END = frozenset({Output.BOOTSTRAP_VALUES, Output.EXPECTED_ACTION_VALUES})
+"""Outputs that say something of the state after each episode's last token."""
+_SCORING_ONLY = frozenset({Output.EXPECTED_ACTION_VALUES})
+"""Outputs without a gradient."""
+
+
 @final
 class TorchLearner:
     """See `posttrain.protocols.Learner`. Without `optimization` it scores only and holds no gradients and no moments.
 
     `head_rows` are the rows of one chunk of logits, 0 for as many as suit the device; gradients are summed over the
-    ranks of `comm`, whose learners hold equal weights. A model of values alone brings its own value head.
+    ranks of `comm`, whose learners hold equal weights. A model of values alone brings its own value head, and has no
+    action values: those are averaged under the model's own policy.
+
+    An action-value head is a matrix [V, H] and a bias [V] on the trunk's last hidden state, one beside the other for
+    each of `action_value_heads` reward columns; as much to train as an output matrix each. It begins at 0, as a value
+    head does, and is trained in full where the trunk has an adapter.
     """
 
     def __init__(self, model: LanguageModel | ValueModel, *, optimization: Optimization | None = None,
-                 value_heads: int = 0, head_rows: int = 0, comm: Comm = SingleProcess()) -> None:
+                 value_heads: int = 0, action_value_heads: int = 0, head_rows: int = 0,
+                 comm: Comm = SingleProcess()) -> None:
         self._language = None if isinstance(model, ValueModel) else model
         self.trunk: Trunk = model
         weight = model.value_head.weight if isinstance(model, ValueModel) else model.output_weight
         self.device, self._dtype = weight.device, weight.dtype
         self._head_rows, self._version = head_rows, 0
-        self.value_head = model.value_head if isinstance(model, ValueModel) else _value_head(value_heads, weight)
+        self.value_head = model.value_head if isinstance(model, ValueModel) else _zero_head(value_heads, weight)
+        if self._language is None:
+            require_no_action_values(action_value_heads, "this model")
+        self.action_value_head = _zero_head(action_value_heads * len(weight), weight)
         self._parameters = {n: p for n, p in self._named_parameters() if p.requires_grad} if optimization else {}
         if not optimization:
             for _, p in self._named_parameters():
@@ -84,9 +104,16 @@ class TorchLearner:
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.trunk.named_parameters()
+        for head, module in self._heads():
+            for name, p in module.named_parameters():
+                yield f"{head}.{name}", p
+
+    def _heads(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Those there are, by name."""
         if self.value_head is not None:
-            for name, p in self.value_head.named_parameters():
-                yield VALUE_HEAD + name, p
+            yield "value_head", self.value_head
+        if self.action_value_head is not None:
+            yield "action_value_head", self.action_value_head
 
     # ---- what the model says
 
@@ -101,7 +128,8 @@ class TorchLearner:
     def provides(self) -> frozenset[Output]:
         tokens = {Output.LOGPROBS, Output.ENTROPY} if self._language is not None else set()
         values = {Output.VALUES, Output.BOOTSTRAP_VALUES} if self.value_head is not None else set()
-        return frozenset(tokens | values)
+        actions = {Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES} if self.action_value_head is not None else set()
+        return frozenset(tokens | values | actions)
 
     @property
     def version(self) -> int:
@@ -125,7 +153,7 @@ class TorchLearner:
                  outputs: frozenset[Output]) -> _Actions:
         """Actions at `source` of tokens whose sequences begin at `offsets`, and the least that must be computed."""
         tokens, before = np.asarray(tokens), np.asarray(source) - 1
-        ends = np.asarray(last)[:len(last) if Output.BOOTSTRAP_VALUES in outputs else 0]
+        ends = np.asarray(last)[:len(last) if outputs & _AT_THE_END else 0]
         need = computed(tokens, offsets, np.concatenate([before, ends]), self.device,
                         shared=self.trunk.shares_prompts)
         return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
@@ -139,20 +167,40 @@ class TorchLearner:
             logprobs, entropy = chosen_logprobs(
                 before, self.model.output_weight, actions.chosen, temperature=temperature,
                 rows=self._head_rows, entropy=Output.ENTROPY in outputs, compute=self.trunk.compute_dtype)
+        last = hidden[actions.last]
+        expected, expected_last = self._expected_action_values(before, last, temperature) \
+            if Output.EXPECTED_ACTION_VALUES in outputs else (None, None)
         return TokenOutputs(
             logprobs=logprobs, entropy=entropy,
             values=self._values(before) if Output.VALUES in outputs else None,
-            bootstrap_values=self._values(hidden[actions.last]) if Output.BOOTSTRAP_VALUES in outputs else None)
+            bootstrap_values=self._values(last) if Output.BOOTSTRAP_VALUES in outputs else None,
+            action_values=chosen_action_values(before, *self._action_value_matrices(), actions.chosen)
+            if Output.ACTION_VALUES in outputs else None,
+            expected_action_values=expected, expected_bootstrap_values=expected_last)
 
     def _values(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [k, n]."""
         assert self.value_head is not None
         return F.linear(hidden.to(self._dtype), self.value_head.weight, self.value_head.bias).t()
 
+    def _action_value_matrices(self) -> tuple[Tensor, Tensor]:
+        """The action-value head as [k, V, H] and [k, V]."""
+        assert self.action_value_head is not None
+        V, H = self.model.output_weight.shape
+        return self.action_value_head.weight.view(-1, V, H), self.action_value_head.bias.view(-1, V)
+
+    def _expected_action_values(self, before: Tensor, last: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """[N, H] and [E, H] -> [k, N] and [k, E]."""
+        both = expected_values(
+            torch.cat([before, last]), self.model.output_weight, *self._action_value_matrices(),
+            temperature=temperature, rows=self._head_rows, compute=self.trunk.compute_dtype)
+        return both[:, :len(before)], both[:, len(before):]
+
     def _check_outputs(self, outputs: frozenset[Output]) -> None:
         if missing := outputs - self.provides:
-            hint = " (no value head was asked for)" if Output.VALUES in missing else (
-                " from this model" if self._language is None else "")
+            heads = sorted({_HEAD_OF[output] for output in missing if output in _HEAD_OF})
+            hint = " from this model" if self._language is None else (
+                f" (no {' and no '.join(heads)} was asked for)" if heads else "")
             raise ConfigError([f"the torch backend gives no {', '.join(sorted(missing))}{hint}"])
 
     def _ids(self, x: Array) -> Tensor:
@@ -170,6 +218,9 @@ class TorchLearner:
         if self._optimizer is None:
             raise RuntimeError("this model was loaded for scoring (LoadRequest.optimization is None)")
         self._check_outputs(objective.outputs)
+        if constant := objective.outputs & _SCORING_ONLY:
+            raise ConfigError([f"{', '.join(sorted(constant))} carry no gradient; they come from scoring alone, and no "
+                               f"objective can ask for them ({type(objective).__name__} does)"])
         if self._start is None:
             self._start = _random_state(self.device)
 
@@ -290,7 +341,7 @@ class TorchLearner:
     # ---- weights and state
 
     def params(self) -> Iterator[tuple[str, Array]]:
-        """The model's parameters and buffers, live; value heads are no part of a policy."""
+        """The model's parameters and buffers, live; heads of values and action values are no part of a policy."""
         yield from self.trunk.state_dict().items()
 
     def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None:
@@ -330,20 +381,38 @@ class TorchLearner:
         """Every tensor that resuming needs, by the name it has in `state`."""
         for name, tensor in self.trunk.state_dict().items():
             yield f"weights.{name}", tensor
-        if self.value_head is not None:
-            for name, tensor in self.value_head.state_dict().items():
-                yield f"weights.{VALUE_HEAD}{name}", tensor
+        for head, module in self._heads():
+            for name, tensor in module.state_dict().items():
+                yield f"weights.{head}.{name}", tensor
         if self._optimizer is not None:
             yield from self._optimizer.arrays()
 
     def save(self, directory: Path) -> None:
-        """Write the model's folder and, where there is one, `value_head.safetensors`."""
+        """Write the model's folder and, for each head there is, `value_head.safetensors` and
+        `action_value_head.safetensors`."""
         self.trunk.save(Path(directory))
-        if self.value_head is not None and self._language is not None:  # else it is the model's own and written with it
-            files.write_value_head(Path(directory), self.value_head.state_dict())
+        for head, module in self._heads() if self._language is not None else ():  # else it is the model's own
+            files.write_head(Path(directory), HEAD_FILES[head], module.state_dict())
+
+    def load_heads(self, folder: Path) -> None:
+        """Take the heads that `save` wrote to the folder; one that it does not hold stays as it is. Raises
+        `ConfigError` where one is of other sizes, as with another number of reward columns."""
+        for head, module in self._heads():
+            if found := files.read_head(folder, HEAD_FILES[head]):
+                files.copy_named(found.items(), module.state_dict(), f"the {head.replace('_', ' ')} in {folder}")
 
 
-def _value_head(outputs: int, weight: Tensor) -> nn.Linear | None:
+def require_no_action_values(heads: int, what: str) -> None:
+    """Raise `ConfigError` where action values are asked of a model without log-probs."""
+    if heads:
+        raise ConfigError(
+            [f"{what} gives no log-probs, so it can have no action values: those are averaged under the model's own "
+             "policy"],
+            next_step="Take critic: policy, whose trunk carries the action-value head, or a causal language model as "
+                      "critic.")
+
+
+def _zero_head(outputs: int, weight: Tensor) -> nn.Linear | None:
     """A linear read-out that begins at 0, so that the first values are 0 whatever the trunk; None without outputs."""
     if not outputs:
         return None
@@ -357,8 +426,11 @@ def _to_host(out: TokenOutputs) -> TokenOutputs:
     """The same columns as NumPy arrays."""
     def moved(x: Array | None) -> np.ndarray | None:
         return None if x is None else to_numpy(x)
-    return TokenOutputs(logprobs=to_numpy(out.logprobs), entropy=moved(out.entropy), values=moved(out.values),
-                        bootstrap_values=moved(out.bootstrap_values))
+    return TokenOutputs(
+        logprobs=to_numpy(out.logprobs), entropy=moved(out.entropy), values=moved(out.values),
+        bootstrap_values=moved(out.bootstrap_values), action_values=moved(out.action_values),
+        expected_action_values=moved(out.expected_action_values),
+        expected_bootstrap_values=moved(out.expected_bootstrap_values))
 
 
 def _by_slot(loss: Loss) -> dict[str, Tensor]:

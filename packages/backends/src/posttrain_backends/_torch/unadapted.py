@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
 
 PROVIDES = frozenset({Output.LOGPROBS, Output.ENTROPY})
-"""A value head is trained with the adapter, so without it there are no values."""
+"""Heads of values and action values are trained with the adapter, so without it there are none."""
 
 
 class Switch(Protocol):

@@ -52,6 +52,10 @@ class Entry(Protocol):
         """Seconds for one call."""
         ...
     @property
+    def bootstrap(self) -> bool:
+        """Whether it scores the states in which truncated episodes end, and is no part of the sum."""
+        ...
+    @property
     def on_error(self) -> Rule: ...
     @property
     def on_timeout(self) -> Rule:
@@ -115,7 +119,8 @@ def score(rollouts: Rollouts, rewards: Sequence[Entry], pool: Pool,
 def summed(rollouts: Rollouts, rewards: Sequence[Entry], column: str = "reward") -> Rollouts:
     """The rollouts with the weighted sum of the rewards in `column`, over the rewards that apply to each episode.
 
-    An episode to which no reward of nonzero weight applies is excluded. A reward of weight 0 is only measured.
+    An episode to which no reward of nonzero weight applies is excluded. A reward of weight 0 is only measured, one with
+    `bootstrap` is not part of it.
     """
     names = [entry.name for entry in rewards]
     if column in names and any(entry.name != column or entry.weight != 1 for entry in rewards):
@@ -123,7 +128,7 @@ def summed(rollouts: Rollouts, rewards: Sequence[Entry], column: str = "reward")
     token_episode = np.repeat(rollouts.episode, np.diff(rollouts.offsets))
     total, excluded = np.zeros(len(rollouts.tokens)), np.ones(rollouts.n_episodes, bool)
     for entry in rewards:
-        if entry.weight != 0:
+        if entry.weight != 0 and not entry.bootstrap:
             out = rollouts.excluded.get(entry.name, np.zeros(rollouts.n_episodes, bool))
             total += np.where(out[token_episode], 0.0, entry.weight * rollouts.rewards[entry.name])
             excluded &= out

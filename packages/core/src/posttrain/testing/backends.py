@@ -58,7 +58,8 @@ from posttrain.tokenizers import Characters
 
 _COLUMNS: Mapping[Output, str] = {
     Output.LOGPROBS: "logprobs", Output.ENTROPY: "entropy", Output.VALUES: "values",
-    Output.BOOTSTRAP_VALUES: "bootstrap_values", Output.ACTION_VALUES: "action_values"}
+    Output.BOOTSTRAP_VALUES: "bootstrap_values", Output.ACTION_VALUES: "action_values",
+    Output.EXPECTED_ACTION_VALUES: "expected_action_values"}
 """Field of `TokenOutputs` that each output stands for."""
 _POLICY = frozenset({Output.LOGPROBS, Output.ENTROPY})
 _VALUES = frozenset({Output.VALUES, Output.BOOTSTRAP_VALUES})

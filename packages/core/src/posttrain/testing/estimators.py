@@ -17,6 +17,7 @@ from posttrain.testing import random_data
 from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
 from posttrain.testing.random_data import (
     COLUMNS,
+    FLOATS,
     chosen,
     episodes_of,
     in_float64,
@@ -61,7 +62,7 @@ class _OnEpisodes(ComponentContract):
     def test_is_pure(self, component: Any) -> None:
         """It changes nothing it is given, and says the same when asked again."""
         episodes = episodes_of(3, [3, 1, 4], [0, 0, 1], component.needs)
-        before = {name: np.copy(getattr(episodes, name)) for name in random_data.FLOATS
+        before = {name: np.copy(getattr(episodes, name)) for name in FLOATS
                   if getattr(episodes, name) is not None}
         first, second = self._result(component, episodes), self._result(component, episodes)
         for name, saved in before.items():
@@ -308,8 +309,10 @@ def _read_unnamed(component: Any, episodes: Episodes) -> str:
     """The first column beside those of `needs` without which the call fails and with which it does not; empty where it
     fails of something else."""
     every = episodes_of(0, episodes.lengths.tolist(), episodes.group.tolist(), frozenset(COLUMNS))
-    unnamed = [name for need, names in COLUMNS.items() if need not in component.needs for name in names]
-    more: dict[str, Any] = {name: like(getattr(every, name), episodes.rewards) for name in unnamed}
+    own = {name for need in component.needs for name in COLUMNS.get(need, ())}
+    unnamed = [name for name in dict.fromkeys(name for names in COLUMNS.values() for name in names) if name not in own]
+    more: dict[str, Any] = {name: like(getattr(every, name), episodes.rewards) if name in FLOATS
+                            else getattr(every, name) for name in unnamed}
     rich = replace(episodes, **more)
     if _fails(component, rich):
         return ""

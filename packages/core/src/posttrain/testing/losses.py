@@ -36,7 +36,8 @@ COLUMN: Mapping[Need, str] = {
     Need.ADVANTAGES: "advantages", Need.TARGETS: "targets", Need.LOGPROBS: "old_logprobs",
     Need.BEHAVIOR_LOGPROBS: "behavior_logprobs", Need.REF_LOGPROBS: "ref_logprobs", Need.VALUES: "old_values"}
 """Field of `MicroBatch` that each need stands for."""
-OUTPUT: Mapping[Output, str] = {Output.LOGPROBS: "logprobs", Output.ENTROPY: "entropy", Output.VALUES: "values"}
+OUTPUT: Mapping[Output, str] = {Output.LOGPROBS: "logprobs", Output.ENTROPY: "entropy", Output.VALUES: "values",
+                               Output.ACTION_VALUES: "action_values"}
 """Field of `TokenOutputs` that each output stands for."""
 WEIGHTS = ("weight", "kl_weight", "value_weight")
 
@@ -86,7 +87,8 @@ def step_of(seed: int, lengths: Sequence[int], group: Sequence[int], *, reject: 
         {"advantages": rng.normal(size=N), "targets": values + rng.normal(size=(k, N)), "old_logprobs": old,
          "behavior_logprobs": old + 0.1 * rng.normal(size=N), "ref_logprobs": old + 0.5 * rng.normal(size=N),
          "old_values": values + 0.4 * rng.normal(size=(k, N))},
-        {"logprobs": old + spread * rng.normal(size=N), "entropy": rng.exponential(size=N), "values": values})
+        {"logprobs": old + spread * rng.normal(size=N), "entropy": rng.exponential(size=N), "values": values,
+         "action_values": rng.normal(size=(k, N))})
 
 
 def _rollouts(rng: np.random.Generator, lengths: np.ndarray, group: np.ndarray) -> Rollouts:

@@ -20,13 +20,18 @@ from posttrain.protocols import Need
 
 COLUMNS: Mapping[Need, tuple[str, ...]] = {
     Need.VALUES: ("values", "bootstrap_values"),
-    Need.ACTION_VALUES: ("action_values", "expected_action_values"),
+    Need.ACTION_VALUES: ("action_values", "expected_action_values", "bootstrap_values"),
+    Need.FINAL_SCORES: ("final_scores",),
+    Need.GREEDY_REWARDS: ("greedy_rewards",),
+    Need.TURN: ("turn",),
     Need.LOGPROBS: ("logprobs",),
     Need.BEHAVIOR_LOGPROBS: ("behavior_logprobs",),
     Need.REF_LOGPROBS: ("ref_logprobs",),
 }
 """Columns of `Episodes` that each need stands for."""
-FLOATS = ("rewards", *(column for columns in COLUMNS.values() for column in columns))
+FLOATS = ("rewards", *dict.fromkeys(column for columns in COLUMNS.values() for column in columns if column != "turn"))
+PER_EPISODE = ("bootstrap_values", "final_scores", "greedy_rewards")
+"""Those of them with one number per episode; the others have one per action."""
 
 
 def shapes() -> st.SearchStrategy[tuple[int, list[int], list[int]]]:
@@ -42,8 +47,9 @@ def episodes_of(seed: int, lengths: Sequence[int], group: Sequence[int], needs: 
     rng, E, N = np.random.default_rng(seed), len(lengths), int(sum(lengths))
     base = -rng.exponential(size=N)
     drawn: dict[str, Callable[[], np.ndarray]] = {
-        "values": lambda: rng.normal(size=N), "bootstrap_values": lambda: rng.normal(size=E),
-        "action_values": lambda: rng.normal(size=N), "expected_action_values": lambda: rng.normal(size=N),
+        **{name: lambda: rng.normal(size=N) for name in ("values", "action_values", "expected_action_values")},
+        **{name: lambda: rng.normal(size=E) for name in PER_EPISODE},
+        "turn": lambda: np.concatenate([np.sort(rng.integers(0, 3, length)) for length in lengths]),
         **{name: lambda: np.minimum(base + 0.3 * rng.normal(size=N), 0.0)
            for name in ("logprobs", "behavior_logprobs", "ref_logprobs")}}
     wanted = {column for need in needs for column in COLUMNS.get(need, ())}
@@ -59,7 +65,7 @@ def chosen(episodes: Episodes, order: Sequence[int]) -> Episodes:
     index = np.array(order, np.int64)
     def picked(name: str) -> Array:
         column = getattr(episodes, name)
-        return None if column is None else column[index if name == "bootstrap_values" else actions]
+        return None if column is None else column[index if name in PER_EPISODE else actions]
     return replace(
         episodes, offsets=offsets_of(episodes.lengths[index]), terminated=episodes.terminated[index],
         group=episodes.group[index], **{name: picked(name) for name in (*FLOATS, "turn")})

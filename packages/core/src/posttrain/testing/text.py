@@ -488,6 +488,7 @@ class _Entry:
     weight: float = 1.0
     on_error: Rule = "fail"
     on_timeout: Rule = "fail"
+    bootstrap: bool = False
 
 
 def _rollouts(examples: Sequence[Example]) -> Rollouts:

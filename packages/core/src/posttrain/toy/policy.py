@@ -44,7 +44,10 @@ class Toy:
         return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES})
 
     def load(self, request: LoadRequest) -> ToyLearner:
-        """Raises `ConfigError` where the saved table has another size than the tokenizer's vocabulary."""
+        """Raises `ConfigError` where action values are asked for, and where the saved table has another size than the
+        tokenizer's vocabulary."""
+        if request.action_value_heads:
+            raise ConfigError(["the toy policy gives no action values; use an estimator that needs none"])
         learner = ToyLearner(request.vocab_size, request.value_heads, request.optimization, request.comm)
         if self.weights:
             learner.read(Path(self.weights))

@@ -14,21 +14,23 @@ from posttrain.errors import ConfigError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-CONFIG, WEIGHTS, VALUE_HEAD = "config.json", "model.safetensors", "value_head.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+VALUE_HEAD, ACTION_VALUE_HEAD = "value_head.safetensors", "action_value_head.safetensors"
+"""Of a learner, beside the model's own files."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's model, from one file or from several; the value head apart."""
-    paths = sorted(p for p in folder.glob("*.safetensors") if p.name != VALUE_HEAD)
+    """All tensors of a folder's model, from one file or from several; without the heads of a learner."""
+    paths = sorted(p for p in folder.glob("*.safetensors") if p.name not in (VALUE_HEAD, ACTION_VALUE_HEAD))
     if not paths:
         raise ConfigError([f"{folder} holds no *.safetensors"],
                           next_step="policy.weights names a folder written by a run, or a Hugging Face Llama folder.")
     return {name: tensor for path in paths for name, tensor in load_file(path).items()}
 
 
-def read_value_head(folder: Path) -> dict[str, Tensor]:
-    """`weight` and `bias` of the folder's value head; nothing where it has none."""
-    return load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).is_file() else {}
+def read_head(folder: Path, file: str) -> dict[str, Tensor]:
+    """`weight` and `bias` of the head in the folder's `file`; nothing where it has none."""
+    return load_file(folder / file) if (folder / file).is_file() else {}
 
 
 def write_model(folder: Path, config: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
@@ -38,9 +40,9 @@ def write_model(folder: Path, config: Mapping[str, object], weights: Mapping[str
     save_file(_plain(weights), folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def write_value_head(folder: Path, value_head: Mapping[str, Tensor]) -> None:
+def write_head(folder: Path, file: str, head: Mapping[str, Tensor]) -> None:
     """Write `weight` and `bias` beside a model."""
-    save_file(_plain(value_head), folder / VALUE_HEAD, metadata={"format": "pt"})
+    save_file(_plain(head), folder / file, metadata={"format": "pt"})
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
