@@ -122,7 +122,7 @@ def test_a_column_that_no_need_names_is_told() -> None:
     answer = said(lambda e: Estimate(e.rewards - 0.5 * e.values))
     assert answer.startswith("estimator 'part' raised TypeError: unsupported operand type(s) for *: 'float' and "
                              "'NoneType' (test_answers.py:")
-    assert "columns that are None: values, bootstrap_values, action_values" in answer
+    assert "columns that are None: values, bootstrap_values, final_scores, greedy_rewards, action_values" in answer
     assert answer.endswith("; needs must name what is read")
     assert "raised TypeError" in said(lambda e: Estimate(np.exp(e.values)))
     assert "raised AttributeError: 'NoneType' object has no attribute 'sum'" in said(lambda e: e.values.sum())
@@ -180,8 +180,9 @@ def test_an_objective_must_return_a_loss_of_terms(given: Any, named: str) -> Non
 
 def test_an_objective_that_reads_what_it_does_not_declare() -> None:
     with pytest.raises(PluginError, match=r"objective Objective raised TypeError: .*columns that are None: entropy, "
-                                          r"values, bootstrap_values, action_values, advantages, old_logprobs; needs "
-                                          r"and outputs must name what is read; old_logprobs is also None where"):
+                                          r"values, bootstrap_values, action_values, expected_action_values, "
+                                          r"expected_bootstrap_values, advantages, old_logprobs; needs and "
+                                          r"outputs must name what is read; old_logprobs is also None where"):
         loss(lambda batch: -batch.advantages)
     assert loss(lambda batch: Loss({"a": Term(1.0)})).terms["a"].total == 1.0
 

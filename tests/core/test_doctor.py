@@ -180,7 +180,7 @@ def reward(prompts, completions, **columns): return [0.0] * len(prompts)
 def test_what_is_known_and_not_installed_is_listed() -> None:
     bare = discover(environ={}, entry_points=())
     found = {f.name: f for f in doctor.not_installed(bare)}
-    assert "estimator: dr_grpo, gae, grpo, " in found["posttrain-estimators"].value
+    assert "estimator: clipped_is, dr_grpo, gae, grpo, " in found["posttrain-estimators"].value
     assert found["posttrain-estimators"].remedy == "pip install posttrain-estimators"
     assert list(doctor.not_installed(discover(environ={}))) == [], "here all are installed"
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import MISSING, fields, replace
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,12 @@ def test_names() -> None:
         "gae", "td_lambda", "td0", "monte_carlo", "n_step", "upgo", "vtrace", "retrace", "tree_backup", "clipped_is"}
     assert names["correction"] == {"tis", "icepop", "geometric_mask"}
     assert len(DECLARED) == sum(map(len, names.values()))
+
+
+@every
+def test_is_in_the_docs(name: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "estimators.md"
+    assert f"`{name}`" in page.read_text("utf-8")
 
 
 @every

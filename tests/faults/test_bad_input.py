@@ -119,7 +119,7 @@ CONFIGS = {
     "unknown recipe": ("recipe: grpo", "recipe: grppo", ["recipe 'grppo' not found; did you mean 'grpo'?"]),
     "unknown component": ("recipe: grpo", "recipe: grpo\nestimator: gea",
                           ["estimator 'gea' not found; did you mean 'gae' (posttrain-estimators ",
-                           "installed: dr_grpo, ", "all: posttrain plugins estimator (bad.yaml:2)"]),
+                           "installed: clipped_is, dr_grpo, gae, ", "all: posttrain plugins estimator (bad.yaml:2)"]),
     "unknown field": ("recipe: grpo", "recipe: grpo\nestimator: {use: rloo, baselin: mean}",
                       ["estimator.baselin is not a field of rloo; did you mean 'baseline'? (bad.yaml:2)"]),
     "field of a model": ("heads: 2", "heads: 5", ["hidden_size 32 is not a multiple of heads 5: take one of"]),
@@ -165,7 +165,7 @@ def test_a_wrong_configuration(case: str, folder: Path, call: Call) -> None:
 SETTINGS = {
     "estimator=gae": "estimator 'gae' needs 'values'; add a critic (critic: policy) or use one of: ",
     "critic=policy": "estimator 'grpo' gives nothing to train a critic on; set critic: none or use one of: gae",
-    "recipe=ppo value_objective=ppo kl=none": "value_objective 'ppo' trains no critic; use value",
+    "recipe=ppo value_objective=ppo kl=none": "value_objective 'ppo' trains no critic of states; use value",
     "update.steps_per_rollout=9": "update.steps_per_rollout is 9, but a rollout has only 4 groups",
     "rewards.reward=length": "rewards.reward: the sum of all rewards has that name; choose another",
     "rewards.correct.weight=.nan": "rewards.correct.weight must be finite, got nan (command line)",

@@ -227,8 +227,11 @@ def test_a_combiner_with_equal_weights_is_the_sum_of_slots(registry: Registry) -
 
 
 def test_the_learner_gives_what_the_objectives_ask_for(registry: Registry) -> None:
-    provided = learner(registry, "float32").provides
+    of_states = learner(registry, "float32").provides
+    backend = registry.create("backend", "torch", hidden_size=16, layers=1, heads=2, device="cpu")
+    of_actions = backend.load(LoadRequest(VOCAB, action_value_heads=1, optimization=Optimization())).provides
     for component in registry.components("objective"):
         if component.name != "dr_grpo":
-            assert registry.create("objective", component.name).outputs <= provided
-    assert Output.ACTION_VALUES not in provided
+            assert registry.create("objective", component.name).outputs <= of_states | of_actions
+    assert Output.ACTION_VALUES in of_actions and Output.ACTION_VALUES not in of_states
+    assert Output.VALUES in of_states and Output.VALUES not in of_actions

@@ -352,7 +352,7 @@ def _listed(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     taken = sum(max(map(len, column)) + 2 for column in zip(*(line[:-1] for line in lines)))
     folded: list[tuple[str, ...]] = []
     for *row, last in lines:
-        first, *more = textwrap.wrap(last, max(30, shutil.get_terminal_size().columns - taken)) or [""]
+        first, *more = textwrap.wrap(last, max(16, shutil.get_terminal_size().columns - taken)) or [""]
         folded += [(*row, first), *((*("" for _ in row), line) for line in more)]
     _table(folded)
 
