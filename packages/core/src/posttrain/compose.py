@@ -204,11 +204,12 @@ def _check_action_values(loaded: Loaded) -> list[Problem]:
 
 
 def _estimators(registry: Registry, values: bool) -> list[str]:
-    """Installed estimators that need values, or none; one that cannot be made without fields is no advice."""
+    """Installed estimators that need a critic, or none; one that cannot be made without fields is no advice."""
     found = []
     for name in registry.names("estimator"):
         with suppress(PosttrainError):
-            if (Need.VALUES in registry.create("estimator", name).needs) == values:
+            needs = registry.create("estimator", name).needs
+            if bool(needs & {Need.VALUES, Need.ACTION_VALUES}) == values:
                 found.append(name)
     return found
 
