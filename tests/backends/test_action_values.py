@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends.hf import HF, Lora
 from posttrain_backends.torch_native import Torch
-from posttrain_objectives.value import ActionValue
 from ragged import answers_to_one_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +32,12 @@ TAKEN = frozenset({Output.ACTION_VALUES})
 EXPECTED = frozenset({Output.EXPECTED_ACTION_VALUES})
 BOTH = TAKEN | EXPECTED
 SETTINGS = Optimization(lr=0.05)
+
+
+def action_value() -> Any:
+    """The loss of the package of objectives."""
+    value = pytest.importorskip("posttrain_objectives.value", reason="posttrain_objectives is not installed")
+    return value.ActionValue()
 
 
 # ---- the functions alone
@@ -188,7 +194,7 @@ def step_data(k: int = 2, seed: int = 0) -> StepData:
 
 def accumulate(learner: TorchLearner, data: StepData, parts: int = 1) -> None:
     for episodes in np.array_split(np.arange(data.rollouts.n_episodes), parts):
-        learner.accumulate(cut(data, episodes), ActionValue(), COEF)
+        learner.accumulate(cut(data, episodes), action_value(), COEF)
 
 
 def step(learner: TorchLearner, seed: int = 0) -> None:
@@ -455,5 +461,5 @@ def test_a_model_without_log_probs_refuses_the_head(tmp_path: Path):
 
 
 def test_weights_of_the_objective_are_its_own():
-    weights = ActionValue().weights(Counts(4, 2, np.array([3, 1])))
+    weights = action_value().weights(Counts(4, 2, np.array([3, 1])))
     np.testing.assert_allclose(weights.value_weight, 0.25)

@@ -18,7 +18,9 @@ from .conftest import RUN_TESTS, Fresh
 pytestmark = [pytest.mark.clean, pytest.mark.timeout(1200)]
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "estimators": ("tests/estimators", "tests/contracts/test_estimators.py", "tests/contracts/test_meta_estimators.py"),
+    "estimators": ("tests/estimators", "tests/contracts/test_estimators.py", "tests/contracts/test_meta_estimators.py",
+                   "tests/contracts/test_estimators_values.py", "tests/contracts/test_estimators_critic_free.py",
+                   "tests/contracts/test_estimators_offpolicy.py", "tests/contracts/test_corrections.py"),
     "objectives": ("tests/objectives", "tests/contracts/test_objectives.py", "tests/contracts/test_meta_objectives.py"),
     "backends": ("tests/backends", "tests/contracts/test_models.py"),
     "core": ("tests/core", "tests/contracts"),
@@ -36,7 +38,8 @@ CIRCUMSTANCES = ("there is no CUDA device", "this user may write everywhere")
 NOT_OF_EXTRAS = "not tokenizers and not mlflow and not tensorboard and not wandb"
 """Modules of core whose examples need an extra."""
 MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
-    "estimators": LIBRARIES[:4], "objectives": LIBRARIES[:4], "backends": ("jax", "transformers", "peft"),
+    "estimators": LIBRARIES[:4], "objectives": LIBRARIES[:4],
+    "backends": ("jax", "transformers", "peft", "posttrain_objectives"),
     "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
 
 
