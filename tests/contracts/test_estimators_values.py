@@ -6,6 +6,7 @@ Every oracle mixes returns of all lengths by their shares, which is not how the 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from posttrain.data import Episodes
 from posttrain.testing import EstimatorContract
 from posttrain_estimators.mixtures import UPGO, NStep
-from posttrain_estimators.multistep import GAE, TD0, MonteCarlo, TDLambda
+from posttrain_estimators.multistep import GAE, TDLambda
 
 SOFT: dict[str, Any] = dict(truncation="soft", overlong_length=4, overlong_buffer=3)
 """Random episodes have up to 6 actions: some before the buffer, some in it, some beyond the length."""
@@ -46,7 +47,7 @@ def n_step_return(gamma: float, r: list[float], v: list[float], t: int, n: int) 
     return sum(gamma ** (k - t) * r[k] for k in range(t, end)) + gamma ** (end - t) * v[end]
 
 
-class _OfReturns(EstimatorContract):
+class _OfReturns(EstimatorContract, ABC):
     """Advantages as the mean of n-step returns, by their shares, minus the value."""
 
     def oracle(self, component: Any, episodes: Episodes) -> Sequence[float]:
@@ -64,9 +65,9 @@ class _OfReturns(EstimatorContract):
                                       for n, p in enumerate(shares, start=1)) - v[t])
         return advantages
 
+    @abstractmethod
     def shares(self, component: Any, r: list[float], v: list[float], t: int) -> list[float]:
         """p_1, p_2, ... of the returns of 1, 2, ... actions from t."""
-        raise NotImplementedError
 
 
 def geometric(lam: float, n: int) -> list[float]:
@@ -94,17 +95,20 @@ class TestTDLambda(_OfReturns):
 
 
 class TestTD0(_OfReturns):
-    components = (TD0(), TD0(0.9), TD0(0.9, truncation="mask"), TD0(0.9, bootstrap="score"), TD0(0.9, **SOFT))
+    components = tuple(TDLambda(lam=0.0, **more) for more in (
+        {}, dict(gamma=0.9), dict(gamma=0.9, truncation="mask"), dict(gamma=0.9, bootstrap="score"),
+        dict(gamma=0.9, **SOFT)))
 
-    def shares(self, component: TD0, r: list[float], v: list[float], t: int) -> list[float]:
+    def shares(self, component: TDLambda, r: list[float], v: list[float], t: int) -> list[float]:
         return [1.0]
 
 
 class TestMonteCarlo(_OfReturns):
-    components = (MonteCarlo(), MonteCarlo(0.9), MonteCarlo(0.9, truncation="mask"), MonteCarlo(0.9, bootstrap="score"),
-                  MonteCarlo(0.9, truncation="terminal"), MonteCarlo(0.9, **SOFT))
+    components = tuple(TDLambda(lam=1.0, **more) for more in (
+        {}, dict(gamma=0.9), dict(gamma=0.9, truncation="mask"), dict(gamma=0.9, bootstrap="score"),
+        dict(gamma=0.9, truncation="terminal"), dict(gamma=0.9, **SOFT)))
 
-    def shares(self, component: MonteCarlo, r: list[float], v: list[float], t: int) -> list[float]:
+    def shares(self, component: TDLambda, r: list[float], v: list[float], t: int) -> list[float]:
         return [0.0] * (len(r) - t - 1) + [1.0]
 
 

@@ -498,7 +498,7 @@ def scratching(self: Any, x: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
 
 def raising(self: Any, x: np.ndarray, ids: np.ndarray, n: int) -> bool:
     if x.dtype == np.float64:
-        raise NotImplementedError("float64")
+        raise TypeError("float64")
     return x.ndim == 1
 
 

@@ -15,11 +15,19 @@ from posttrain.data import Episodes
 from posttrain.ops import reverse_recurrence
 from posttrain.protocols import Estimator, Need
 from posttrain_estimators.mixtures import UPGO, NStep, weighted_sum, window_mean, window_sum
-from posttrain_estimators.multistep import GAE, TD0, MonteCarlo, TDLambda, explained_variance, next_values
+from posttrain_estimators.multistep import GAE, TDLambda, explained_variance, next_values
 
 fraction = st.sampled_from([0.0, 0.5, 0.95, 1.0])
-ALL = (GAE, TDLambda, TD0, MonteCarlo, NStep, UPGO)
+ALL = (GAE, TDLambda, NStep, UPGO)
 every = pytest.mark.parametrize("estimator", ALL)
+
+
+def td0(gamma: float) -> TDLambda:
+    return TDLambda(gamma, lam=0.0)
+
+
+def monte_carlo(gamma: float) -> TDLambda:
+    return TDLambda(gamma, lam=1.0)
 
 
 def random_episodes(lengths: list[int], seed: int = 0) -> Episodes:
@@ -124,16 +132,16 @@ class TestIdentities:
 
     @given(e=batches, gamma=fraction)
     def test_limits_of_lambda(self, e: Episodes, gamma: float) -> None:
-        for limit, lam in ((TD0(gamma), 0.0), (MonteCarlo(gamma), 1.0)):
+        for limit, lam in ((td0(gamma), 0.0), (monte_carlo(gamma), 1.0)):
             for name in ("advantages", "targets"):
                 close(getattr(limit(e), name), getattr(GAE(gamma, lam)(e), name))
 
     @given(e=batches, gamma=fraction)
     def test_limits_of_n(self, e: Episodes, gamma: float) -> None:
         for mixture in ("fixed", "uniform", "geometric"):
-            close(NStep(gamma, 1, mixture)(e).advantages, TD0(gamma)(e).advantages)
+            close(NStep(gamma, 1, mixture)(e).advantages, td0(gamma)(e).advantages)
         for n in (9, 10, 10**9):
-            close(NStep(gamma, n)(e).advantages, MonteCarlo(gamma)(e).advantages)
+            close(NStep(gamma, n)(e).advantages, monte_carlo(gamma)(e).advantages)
 
     @given(e=batches, gamma=fraction, lam=fraction)
     def test_gae_is_a_geometric_mixture(self, e: Episodes, gamma: float, lam: float) -> None:
@@ -157,7 +165,7 @@ class TestIdentities:
     @given(e=batches, gamma=fraction)
     def test_upgo_is_no_less_than_one_step(self, e: Episodes, gamma: float) -> None:
         """What it goes on with is at least the value that it goes on instead of."""
-        assert (UPGO(gamma)(e).advantages >= TD0(gamma)(e).advantages - 1e-12).all()
+        assert (UPGO(gamma)(e).advantages >= td0(gamma)(e).advantages - 1e-12).all()
 
     @given(e=batches, gamma=fraction)
     def test_upgo_of_values_nobody_reaches_or_everybody_beats(self, e: Episodes, gamma: float) -> None:
@@ -166,16 +174,16 @@ class TestIdentities:
         terminal = replace(e, rewards=np.abs(e.rewards), terminated=np.ones(e.n_episodes, bool))
         worse = replace(terminal, rewards=-terminal.rewards - 1, values=50.0 - position)
         better = replace(terminal, values=np.zeros(len(position)))
-        close(UPGO(gamma)(better).advantages, MonteCarlo(gamma)(better).advantages)
-        close(UPGO(gamma)(worse).advantages, TD0(gamma)(worse).advantages)
+        close(UPGO(gamma)(better).advantages, monte_carlo(gamma)(better).advantages)
+        close(UPGO(gamma)(worse).advantages, td0(gamma)(worse).advantages)
 
     @given(e=batches)
     @pytest.mark.parametrize("how", [
-        GAE(0.9, 0.7), GAE(0.9, length_adaptive=0.3, lam_critic=1.0), TDLambda(0.9, 0.7), TD0(0.9), MonteCarlo(0.9),
+        GAE(0.9, 0.7), GAE(0.9, length_adaptive=0.3, lam_critic=1.0), TDLambda(0.9, 0.7), td0(0.9), monte_carlo(0.9),
         NStep(0.9, 3), NStep(0.9, 3, "uniform"), NStep(0.9, 4, "geometric", 0.5), UPGO(0.9),
         NStep(0.9, mixture="given", weights=(0.25, 0.75))], ids=repr)
     def test_a_perfect_critic_leaves_no_advantage(self, how: Estimator, e: Episodes) -> None:
-        v = MonteCarlo(0.9)(e).targets
+        v = monte_carlo(0.9)(e).targets
         estimate = how(replace(e, values=v))
         np.testing.assert_allclose(estimate.advantages, 0.0, atol=1e-12)
         close(estimate.targets, v)
@@ -207,7 +215,7 @@ class TestWindows:
 
     def test_no_window_is_too_long(self) -> None:
         e = random_episodes([5, 3])
-        close(NStep(0.99, 10**12, "uniform")(e).advantages, MonteCarlo(0.99)(e).advantages)
+        close(NStep(0.99, 10**12, "uniform")(e).advantages, monte_carlo(0.99)(e).advantages)
 
 
 class TestEnds:

@@ -93,6 +93,22 @@ def test_a_final_score_has_to_apply(tmp_path: Path) -> None:
             tmp_path / "run", rewards=rewards, estimator={"use": "gae", "bootstrap": "score"}, **CRITIC))
 
 
+def some(completions: list[str], **columns: Any) -> list[float]:
+    """Fails where an answer holds a zero: for those episodes that the rule then drops."""
+    if any("0" in c for c in completions):
+        raise ArithmeticError("no state")
+    return [float(len(c)) for c in completions]
+
+
+def test_a_final_score_may_fail_where_its_rule_drops_the_episode(tmp_path: Path) -> None:
+    rewards = {"correct": correct, "state": {"use": some, "bootstrap": True, "on_error": "drop_sample"}}
+    run = posttrain.train(config(tmp_path / "run", rewards=rewards, estimator={"use": "gae", "bootstrap": "score"},
+                                 reward_workers={"max_error_rate": 1.0}, **CRITIC))
+    rows = metrics(run)
+    assert sum(measured(rows, "reward/state/errors")) > 0
+    assert measured(rows, "reward/correct/excluded") == measured(rows, "reward/state/excluded")
+
+
 STATE = {"correct": correct, "state": {"use": full, "bootstrap": True}}
 
 
@@ -144,3 +160,60 @@ def test_log_probs_of_the_sampler_that_are_no_numbers(tmp_path: Path, monkeypatc
     for signal in seen:
         assert signal.keep[::3].all() == bool(taken) and signal.keep[1::3].all()
         assert (signal.correction[::3] == 1).all()
+
+
+def test_ratios_to_a_sampler_without_log_probs_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's log-probs are computed only where some of the sampler's are no numbers."""
+    from posttrain import trainer
+
+    olds, asked = [], []
+    def broken(*args: Any) -> Any:
+        fresh, *rest = real(*args)
+        if len(olds) % 2:
+            fresh.behavior_logprobs[:] = np.nan
+        return fresh, *rest
+    def noted(trained: Any, rollouts: Any, signal: Any, notes: Any, old: Any, *rest: Any, **more: Any) -> Any:
+        olds.append(old)
+        asked.append(notes.logprobs)
+        return update(trained, rollouts, signal, notes, old, *rest, **more)
+    real, update = trainer.gather, trainer.update
+    monkeypatch.setattr(trainer, "gather", broken)
+    monkeypatch.setattr(trainer, "update", noted)
+    rollout = {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 4, "staleness": 1}
+    posttrain.train(config(tmp_path / "run", rollout=rollout, update={"non_finite_logprobs": "one"}, kl="none"))
+    assert [pi is None for pi in asked] == [True, False] * 3
+    for mu, pi in zip(olds[1::2], asked[1::2], strict=True):
+        np.testing.assert_array_equal(mu, pi)
+
+
+OF_VALUES = '''"""A correction that weighs by the critic's values."""
+from dataclasses import dataclass
+from typing import final
+
+from posttrain.data import Episodes, Metrics
+from posttrain.hookspecs import Component, hookimpl
+from posttrain.protocols import Corrected, Need
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OfValues:
+    """Weight 1 where the value is positive."""
+
+    needs = frozenset({Need.VALUES})
+
+    def __call__(self, episodes: Episodes, /) -> Corrected:
+        return Corrected(episodes.values > 0, episodes.values > 0, Metrics())
+
+
+@hookimpl
+def components():
+    return [Component("correction", "of_values", f"{__name__}:OfValues", "by values")]
+'''
+
+
+def test_a_correction_finds_values_only_beside_an_estimator_that_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "of_values.py").write_text(OF_VALUES)
+    with pytest.raises(ConfigError, match="correction 'of_values' needs values, which are there only for an estimator "
+                                          "that reads them, and 'grpo' does not"):
+        posttrain.train(config(tmp_path / "run", correction="of_values", plugins=[str(tmp_path / "of_values.py")]))

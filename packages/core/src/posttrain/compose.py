@@ -40,6 +40,8 @@ from posttrain.supervised import require_answers
 from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of, weighs
 from posttrain.update import Trained
 
+_FOR_ESTIMATORS = frozenset({Need.VALUES, Need.ACTION_VALUES, Need.FINAL_SCORES, Need.GREEDY_REWARDS})
+"""Columns that another part finds only where the estimator asks for them, too."""
 _ROWS_AT_A_TIME = 2**16
 """Rows that are in memory together while all are looked at."""
 
@@ -143,6 +145,9 @@ def _check_off_policy(loaded: Loaded) -> list[Problem]:
     """The ratio to the sampler enters the policy's loss once."""
     settings, problems, estimator = loaded.settings, [], _name(loaded, "estimator")
     correction = settings.correction
+    if correction is not None and (unmet := correction.needs & _FOR_ESTIMATORS - settings.estimator.needs):
+        problems.append(Problem(f"correction '{_name(loaded, 'correction')}' needs {', '.join(sorted(unmet))}, which "
+                                f"are there only for an estimator that reads them, and '{estimator}' does not"))
     if ratio_to_sampler(settings) and correction is not None:
         problems.append(Problem("update.old_logprobs: behavior corrects for the sampler in the ratio; a correction "
                                 "would do it twice"))

@@ -235,11 +235,18 @@ _OF_CRITIC: Mapping[Need, tuple[Output, ...]] = {
     Need.ACTION_VALUES: (Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES)}
 
 
-def final_scores(rollouts: Rollouts, column: str, weight: float) -> np.ndarray:
+def learnable(rollouts: Rollouts, columns: Sequence[str]) -> np.ndarray:
+    """[E] whether an episode has an action and, in some of the columns, a reward that applies to it."""
+    applies = ~np.all([rollouts.excluded[column] for column in columns], axis=0)
+    mask: np.ndarray = applies & (rollouts.episode_actions > 0)
+    return mask
+
+
+def final_scores(rollouts: Rollouts, column: str, weight: float, columns: Sequence[str]) -> np.ndarray:
     """[E] weighted score that a reward gives to truncated episodes; 0 for those that terminated. Raises `RewardError`
-    for a truncated one to which it does not apply."""
+    for a truncated one to which it does not apply and from which some of `columns` would be learned."""
     totals, excluded = episode_rewards(rollouts, column)
-    missing = np.flatnonzero(excluded & ~rollouts.terminated & (rollouts.episode_actions > 0))
+    missing = np.flatnonzero(excluded & ~rollouts.terminated & learnable(rollouts, columns))
     if len(missing):
         where = rollouts.prompts[missing[0]].where or f"number {missing[0]} of the step"
         raise RewardError(f"reward '{column}' gives no score to a truncated episode (row {where}), and with "
@@ -247,14 +254,18 @@ def final_scores(rollouts: Rollouts, column: str, weight: float) -> np.ndarray:
     return np.where(rollouts.terminated | excluded, 0.0, weight * totals)
 
 
+def known_to_sampler(rollouts: Rollouts) -> np.ndarray:
+    """[N] whether the sampler's log-prob, where it records any, is a finite number."""
+    mu = rollouts.behavior_logprobs
+    known: np.ndarray = np.ones(int(rollouts.is_action.sum()), bool) if mu is None else np.isfinite(mu)
+    return known
+
+
 def trusted(rollouts: Rollouts, notes: Annotations) -> tuple[Rollouts, np.ndarray]:
     """The rollouts with every sampler's log-prob that is no finite number replaced by the trainer's (ratio 1; 0 where
-    that was not computed), and [N] bool, where nothing had to be replaced."""
-    mu = rollouts.behavior_logprobs
-    if mu is None:
-        return rollouts, np.ones(int(rollouts.is_action.sum()), bool)
-    known = np.isfinite(mu)
-    if known.all():
+    nobody asked for them), and [N] bool, where nothing had to be replaced."""
+    mu, known = rollouts.behavior_logprobs, known_to_sampler(rollouts)
+    if mu is None or known.all():
         return rollouts, known
     pi = np.zeros_like(mu) if notes.logprobs is None else np.asarray(notes.logprobs, mu.dtype)
     return replace(rollouts, behavior_logprobs=np.where(known, mu, pi)), known

@@ -48,6 +48,8 @@ from posttrain.steps import (
     final_scores,
     has_variance,
     kl_penalty,
+    known_to_sampler,
+    learnable,
     measured_kl,
     needed_outputs,
     sampler_gap,
@@ -107,7 +109,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
         fresh, step, capacity=settings.replay.capacity, reuse=settings.replay.reuse, max_age=settings.replay.max_age,
         rng=np.random.default_rng((settings.seed, step, 1)))
     state = replace(state, step=step, cursor=cursor, replay=replay)
-    if not any_to_learn(rollouts, parts.columns):
+    if not learnable(rollouts, parts.columns).any():
         log.warning("step %d: no episode is left to learn from (all groups filtered, or no reward applies); no update "
                     "is made", step)
         return state, metrics, fresh
@@ -188,15 +190,9 @@ def with_greedy(parts: Parts, settings: Settings, rollouts: Rollouts,
     return replace(rollouts, greedy_rewards=totals, excluded={**rollouts.excluded, **excluded}), failures
 
 
-def any_to_learn(rollouts: Rollouts, columns: Sequence[str]) -> bool:
-    """Whether some episode has an action and, in some of the columns, a reward that applies to it."""
-    applies = ~np.all([rollouts.excluded[column] for column in columns], axis=0)
-    return bool(np.any(applies & (rollouts.episode_actions > 0)))
-
-
 def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations, int]:
-    """Ask the models for exactly what some part needs. Raises `ConfigError` where the sampler did not say what one
-    does."""
+    """Ask the models for exactly what some part needs, and for log-probs where the sampler's are no numbers. Raises
+    `ConfigError` where the sampler did not say what some part needs."""
     if Need.BEHAVIOR_LOGPROBS in parts.needs and rollouts.behavior_logprobs is None:
         raise ConfigError(["the engine records no log-probs, which the correction or the ratio to the sampler needs"],
                           next_step="take another rollout.engine, or train on policy: no correction, rollout.staleness "
@@ -206,7 +202,8 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
                           next_step="take another rollout.engine, or unit token or sequence in place of turn")
     notes = Annotations()
     wanted = needed_outputs(parts.needs) if parts.critic is parts.policy else frozenset[Output]()
-    if Need.LOGPROBS in parts.needs or wanted:
+    replaced = Need.BEHAVIOR_LOGPROBS in parts.needs and not known_to_sampler(rollouts).all()
+    if Need.LOGPROBS in parts.needs or wanted or replaced:
         out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget)
         notes = Annotations(out.logprobs, out.entropy).with_critic(out)
     if parts.critic is not None and parts.critic is not parts.policy:
@@ -217,7 +214,7 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
         notes = replace(notes, ref_logprobs=out.logprobs)
     for entry in parts.rewards:
         if entry.bootstrap:
-            notes = replace(notes, final_scores=final_scores(rollouts, entry.name, entry.weight))
+            notes = replace(notes, final_scores=final_scores(rollouts, entry.name, entry.weight, parts.columns))
     return notes, budget
 
 

@@ -110,7 +110,8 @@ class TDLambda:
     """G_t = r_t + gamma ((1 - lam) v_{t+1} + lam G_{t+1}), targets G and advantages G - v.
 
     The lambda-return (Sutton and Barto 2018, section 12.1) in its recursive form; behind the last action, v and G are
-    0 where the episode terminated, else what `truncation` and `bootstrap` say. In exact arithmetic the same as `GAE`.
+    0 where the episode terminated, else what `truncation` and `bootstrap` say. In exact arithmetic the same as `GAE`;
+    `td0` and `monte_carlo` are its ends, lam 0 and 1.
     Raises `ValueError` on construction where a field is out of its range, and on a batch without the values it needs.
 
     >>> episodes = Episodes.from_rows(rewards=[[0.0, 1.0]], values=[[0.5, 0.5]])
@@ -148,90 +149,6 @@ class TDLambda:
         # G behind the last action is v there: both shares of it go into its step, as the recurrence has no next action
         steps = one_step(self.gamma, r, (1.0 - self.lam) * v, last, episodes)
         G = reverse_recurrence(self.gamma * self.lam, steps, episodes.offsets)
-        return estimate_of(self, G - v, G, v, episodes)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class TD0:
-    """G_t = r_t + gamma v_{t+1}, targets G and advantages G - v: one step.
-
-    Sutton 1988, Machine Learning 3. The value after the last action is 0 where the episode terminated, else what
-    `truncation` and `bootstrap` say. Raises `ValueError` on construction where a field is out of its range, and on a
-    batch without the values it needs.
-
-    >>> TD0()(Episodes.from_rows(rewards=[[0.0, 1.0]], values=[[0.25, 0.5]])).advantages
-    array([0.25, 0.5 ])
-    """
-
-    gamma: float = 1.0
-    """Discount per action, in [0, 1]."""
-    whiten: bool = False
-    """Standardise the advantages over the actions of the batch; never the targets."""
-    truncation: Truncation = "bootstrap"
-    """Truncated episodes: as in `GAE`."""
-    bootstrap: Bootstrap = "value"
-    """What the state after the last action of a truncated episode is worth: as in `GAE`."""
-    overlong_length: int = 0
-    """Number of actions from which the penalty of `truncation: soft` is 1."""
-    overlong_buffer: int = 0
-    """The penalty of `truncation: soft` rises from 0 over this many actions before `overlong_length`."""
-
-    def __post_init__(self) -> None:
-        check_critic(self)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Values and bootstrap values; final scores where they stand in for the latter."""
-        return critic_needs(self)
-
-    def __call__(self, episodes: Episodes, /) -> Estimate:
-        """[N] advantages and targets; `keep` where `truncation` is `mask`."""
-        r, v, last = columns_of(self, episodes)
-        G = one_step(self.gamma, r, v, last, episodes)
-        return estimate_of(self, G - v, G, v, episodes)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class MonteCarlo:
-    """G_t = r_t + gamma G_{t+1}, targets G and advantages G - v: the whole return.
-
-    Sutton and Barto 2018, section 5.1, with a baseline. Behind the last action, G is 0 where the episode terminated,
-    else what `truncation` and `bootstrap` say. Raises `ValueError` on construction where a field is out of its range,
-    and on a batch without the values it needs.
-
-    >>> episodes = Episodes.from_rows([[0.0, 1.0]], values=[[0.5, 0.5]], bootstrap_values=[3.0], terminated=[False])
-    >>> MonteCarlo()(episodes).advantages
-    array([3.5, 3.5])
-    """
-
-    gamma: float = 1.0
-    """Discount per action, in [0, 1]."""
-    whiten: bool = False
-    """Standardise the advantages over the actions of the batch; never the targets."""
-    truncation: Truncation = "bootstrap"
-    """Truncated episodes: as in `GAE`."""
-    bootstrap: Bootstrap = "value"
-    """What the state after the last action of a truncated episode is worth: as in `GAE`."""
-    overlong_length: int = 0
-    """Number of actions from which the penalty of `truncation: soft` is 1."""
-    overlong_buffer: int = 0
-    """The penalty of `truncation: soft` rises from 0 over this many actions before `overlong_length`."""
-
-    def __post_init__(self) -> None:
-        check_critic(self)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Values and bootstrap values; final scores where they stand in for the latter."""
-        return critic_needs(self)
-
-    def __call__(self, episodes: Episodes, /) -> Estimate:
-        """[N] advantages and targets; `keep` where `truncation` is `mask`."""
-        r, v, last = columns_of(self, episodes)
-        steps = one_step(self.gamma, r, ops_of(v).xp.zeros_like(v), last, episodes)
-        G = reverse_recurrence(self.gamma, steps, episodes.offsets)
         return estimate_of(self, G - v, G, v, episodes)
 
 

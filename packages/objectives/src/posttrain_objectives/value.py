@@ -83,7 +83,7 @@ class ActionValue:
     """`sum(value_weight * (Q(s, a) - G)^2 / 2)` of the actions taken, added over the k action-value heads.
 
     Reads `action_values` [k, N] and, of the batch, `targets` [k, N] and `value_weight` [N]: the squared error whose
-    gradient step moves Q towards a return such as Retrace's (Wang et al. 2017, arXiv 1611.01224, section 3.1). Rows
+    gradient step moves Q towards a return such as Retrace's (Wang et al. 2017, arXiv 1611.01224). Rows
     of other actions get no gradient. Raises `ValueError` where a column is missing.
 
     Metrics are those of `Value`, with Q(s, a) in place of v: `value/target`, `value/target_squared`, `value/error`,
