@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,3 +186,17 @@ class TestAgainstRlax:
                 *map(as_jax, (Q[1:], a[1:], r, d, 0.8 * pi[taken, a][1:], pi[1:])))
         np.testing.assert_allclose(Retrace("q_head", 0.9, 0.8)(e).targets - Q[taken, a][:-1], error, atol=1e-6)
         close(TreeBackup(0.9, 0.8)(e).targets, tree)
+
+
+@pytest.mark.parametrize(("how", "ceilings"), [
+    (VTrace(rho_max=2.0, c_max=1.0), {"rho_max": 2.0, "c_max": 1.0}), (ClippedIS(rho_max=1.5), {"rho_max": 1.5}),
+    (Retrace(c_max=0.7), {"c_max": 0.7})], ids=lambda x: type(x).__name__)
+def test_metrics_say_how_much_the_ceilings_cut(how: Any, ceilings: dict[str, float]) -> None:
+    e = Episodes.from_rows([[0.0, 1.0], [1.0]], values=[[0.1, 0.2], [0.3]], bootstrap_values=[0.0, 0.0],
+                           logprobs=[[-1.0, -2.0], [-0.5]], behavior_logprobs=[[-2.0, -2.5], [-0.1]], group=[0, 0])
+    ratios = [math.exp(1.0), math.exp(0.5), math.exp(-0.4)]
+    got = how(e).metrics.values_by_name()
+    assert got["ratio/mean"] == pytest.approx(sum(ratios) / 3)
+    assert got["ratio/max"] == pytest.approx(max(ratios))
+    for name, ceiling in ceilings.items():
+        assert got[f"ratio/over_{name}"] == pytest.approx(sum(x > ceiling for x in ratios) / 3)

@@ -26,6 +26,7 @@ from posttrain_estimators.importance import (
     check_ratio,
     log_ratios,
     unit_needs,
+    with_ratios,
 )
 from posttrain_estimators.multistep import (
     WithCritic,
@@ -112,7 +113,8 @@ class Retrace:
     def __call__(self, episodes: Episodes, /) -> Estimate:
         """[N] advantages and targets; `keep` where `truncation` is `mask`."""
         log_rho = log_ratios(episodes, self.trace_unit, self.trace_ratio, self.dead_zone)
-        return SOURCES[self.q](self, capped(ops_of(log_rho).xp.exp(log_rho), self.c_max), episodes)
+        ratio = ops_of(log_rho).xp.exp(log_rho)
+        return with_ratios(SOURCES[self.q](self, capped(ratio, self.c_max), episodes), ratio, c_max=self.c_max)
 
 
 @final

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from posttrain.data import Array, Episodes
+from posttrain.data import Array, Episodes, Estimate, Metric, to_numpy
 from posttrain.ops import like, ops_of, segment_mean, segment_sum, widen
 from posttrain.protocols import Need
 
@@ -82,6 +83,21 @@ _REDUCTIONS: Mapping[Reduction, Callable[[Array, np.ndarray, int], Array]] = {"m
 def capped(ratio: Array, ceiling: float) -> Array:
     """min(ratio, ceiling)."""
     return ops_of(ratio).xp.where(ratio < ceiling, ratio, ceiling)
+
+
+def with_ratios(estimate: Estimate, ratio: Array, **ceilings: float) -> Estimate:
+    """The estimate with metrics of ratios [N] before they are cut: `ratio/mean`, `ratio/max`, and for each ceiling
+    `ratio/over_<name>`, the fraction of actions whose ratio is above it.
+
+    >>> nothing = Estimate(advantages=np.zeros(2))
+    >>> {name: x.value for name, x in with_ratios(nothing, np.array([1.0, 3.0]), c_max=2.0).metrics.items()}
+    {'ratio/mean': 2.0, 'ratio/max': 3.0, 'ratio/over_c_max': 0.5}
+    """
+    rho = to_numpy(ratio).astype(np.float64)
+    over = {f"ratio/over_{name}": Metric(float((rho > x).sum()), len(rho)) for name, x in ceilings.items()}
+    found = {"ratio/mean": Metric(float(rho.sum()), len(rho)),
+             "ratio/max": Metric(float(rho.max(initial=0.0)), reduction="max"), **over}
+    return replace(estimate, metrics=estimate.metrics + found)
 
 
 def at_unit_ends(c: Array, unit: Unit, episodes: Episodes) -> Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, final
 
 import numpy as np
-from posttrain.data import Array, Episodes, Estimate, Metric, Metrics
+from posttrain.data import Array, Episodes, Estimate, Metric, Metrics, to_numpy
 from posttrain.ops import Framework, framework_of, like, ops_of, reverse_recurrence, whiten, widen
 from posttrain.protocols import Need
 
@@ -95,8 +95,8 @@ class GAE:
         A = reverse_recurrence(decay, delta, episodes.offsets)
         critic = A if self.lam_critic is None else reverse_recurrence(
             self.gamma * self.lam_critic, delta, episodes.offsets)
-        targets = critic + v
-        return estimate_of(self, A, targets, v, episodes)
+        del delta  # its memory is enough for the targets
+        return estimate_of(self, A, critic + v, v, episodes)
 
     def _decay_by_length(self, episodes: Episodes, delta: Array) -> Array:
         """[N] gamma times the lambda of each action's episode."""
@@ -234,14 +234,29 @@ def next_values(v: Array, final: Array, episodes: Episodes) -> Array:
 
 def explained_variance(targets: Array, v: Array, keep: np.ndarray | None = None) -> Metrics:
     """1 - Var(G - v) / Var(G) over the kept actions, None all; nothing where the targets do not vary."""
-    xp = ops_of(targets).xp
-    residual = targets - v
-    G = targets if keep is None else targets[like(keep, targets)]
-    if len(G) == 0 or bool(xp.max(G) == xp.min(G)):
+    kept = slice(None) if keep is None else keep
+    G, v = to_numpy(targets)[kept], to_numpy(v)[kept]
+    varies = len(G) and _variance_of_difference(G, np.broadcast_to(G[0], G.shape))
+    if not varies:
         return Metrics()
-    residual = residual if keep is None else residual[like(keep, targets)]
-    explained = 1.0 - float(xp.var(residual)) / float(xp.var(G))
-    return Metrics(explained_variance=Metric(explained, reduction="last"))
+    return Metrics(explained_variance=Metric(1.0 - _variance_of_difference(G, v) / varies, reduction="last"))
+
+
+def _variance_of_difference(x: np.ndarray, y: np.ndarray) -> float:
+    """Var(x - y) = the mean variance within windows of the cache's size + the variance of their means; exactly 0 where
+    x and y are equal."""
+    windows = range(0, len(x), _WINDOW)
+    means, squares = np.zeros(len(windows)), np.zeros(len(windows))
+    for k, start in enumerate(windows):
+        d = x[start:start + _WINDOW] - y[start:start + _WINDOW]
+        means[k] = d.mean()
+        d -= d.dtype.type(means[k])
+        squares[k] = d @ d
+    n = np.minimum(_WINDOW, len(x) - np.asarray(windows))
+    return float(squares.sum() + n @ (means - means @ n / len(x)) ** 2) / len(x)
+
+
+_WINDOW = 1 << 16
 
 
 def _assigned(x: Array, at: Array, numbers: Array) -> Array:

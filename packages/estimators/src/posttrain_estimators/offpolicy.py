@@ -29,6 +29,7 @@ from posttrain_estimators.importance import (
     check_ratio,
     log_ratios,
     unit_needs,
+    with_ratios,
 )
 from posttrain_estimators.multistep import GAE, check_critic, critic_needs, differences, estimate_of, next_values
 
@@ -46,7 +47,8 @@ class VTrace:
 
     c_max = 1 is a hidden lambda: log-ratios of standard deviation sigma leave about (1 - sigma / sqrt(2 pi))^n of the
     trace after n tokens, 0.13 after 100 where sigma is 0.05, which rounding alone may give, and nothing after 2000, so
-    an outcome reward reaches early tokens through the critic alone. `dead_zone` and `trace_unit` are against that.
+    an outcome reward reaches early tokens through the critic alone. `dead_zone` and `trace_unit` are against that;
+    the metrics `ratio/mean`, `ratio/max`, `ratio/over_rho_max` and `ratio/over_c_max` show it.
 
     Raises `ValueError` on construction where a field is out of its range, and on a batch without a column it needs.
 
@@ -126,7 +128,8 @@ class VTrace:
         errors = reverse_recurrence(self.gamma * self.lam * c, rho * delta, episodes.offsets)
         later = next_values(errors, xp.zeros_like(errors[:episodes.n_episodes]), episodes)
         A = delta + self.gamma * (1.0 if self.pg_bootstrap == "vs" else self.lam) * later
-        return estimate_of(self, rho * A if self.weighted else A, v + errors, v, episodes)
+        estimate = estimate_of(self, rho * A if self.weighted else A, v + errors, v, episodes)
+        return with_ratios(estimate, ratio, rho_max=self.rho_max, c_max=self.c_max)
 
     def _leaky(self, ratio: Array, ceiling: float) -> Array:
         return self.leak * capped(ratio, ceiling) + (1.0 - self.leak) * ratio
@@ -203,7 +206,8 @@ class ClippedIS:
         A = estimate.advantages
         xp = ops_of(A).xp
         ratio = xp.exp(log_ratios(episodes, self.unit, self.unit_ratio, self.dead_zone))
-        return replace(estimate, advantages=A * xp.astype(capped(ratio, self.rho_max), A.dtype))
+        weighted = replace(estimate, advantages=A * xp.astype(capped(ratio, self.rho_max), A.dtype))
+        return with_ratios(weighted, ratio, rho_max=self.rho_max)
 
 
 def _ends(how: ClippedIS) -> dict[str, Any]:
