@@ -131,6 +131,12 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
                      for name, entry in settings.rewards.items() if entry.weight != 1]
     if len(reward_columns(settings)) > 1 and settings.kl.placement == "reward":
         problems.append(Problem("kl.placement: reward would be taken from every reward column; use placement: loss"))
+    if settings.stop.kl and settings.kl.placement == "none":
+        problems.append(Problem("stop.kl ends the run by its KL to the reference, which kl: none does not measure; use "
+                                "kl: {use: fixed, coef: 0.0} to measure it alone"))
+    if settings.update.max_kl and optimiser_steps(settings) == 1:
+        problems.append(Problem("update.max_kl leaves out the rest of a rollout's optimiser steps, and there is one; "
+                                "raise update.steps_per_rollout or update.epochs, or leave it out"))
     if Output.LOGPROBS not in settings.policy.provides:
         problems.append(Problem(f"backend '{_name(loaded, 'policy')}' gives no log-probs and cannot be a policy"))
     if settings.update.steps_per_rollout > settings.rollout.prompts_per_step:

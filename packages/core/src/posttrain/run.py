@@ -34,7 +34,7 @@ from posttrain.state import RunState
 from posttrain.steps import episode_rewards
 from posttrain.tasks.rows import Rows, write_rows
 from posttrain.timing import Phases
-from posttrain.trainer import SUM, Parts, resynced, synced
+from posttrain.trainer import REFERENCE_KL, SUM, Parts, resynced, synced
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,8 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
     while run.state.step < settings.steps:
         start = time.perf_counter()
         run.state, metrics, rollouts = advance(parts, settings, run.state, phases)
-        step, last = run.state.step, run.state.step == settings.steps
+        step, over = run.state.step, over_kl(settings, metrics)
+        last = over or step == settings.steps
         if run.loop == "rl":
             files.append_samples(step, samples(rollouts, "train", 2))
         if every and (step % every == 0 or last):
@@ -268,6 +269,16 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
         if stop.requested and not last:
             raise Interrupted(f"stopped by signal after step {step} of {settings.steps}; it is saved\n"
                               f"go on with: posttrain resume {run.directory}")
+        if over:
+            log.warning("ended after step %d of %d: the KL to the reference is %.3g per action, above stop.kl %g; the "
+                        "run is saved, and goes on by: posttrain resume %s stop.kl=0", step, settings.steps,
+                        metrics[REFERENCE_KL].value, settings.stop.kl, run.directory)
+            return
+
+
+def over_kl(settings: Settings, metrics: Metrics) -> bool:
+    """Whether the policy has moved further from the reference than the run allows."""
+    return bool(settings.stop.kl) and REFERENCE_KL in metrics and metrics[REFERENCE_KL].value > settings.stop.kl
 
 
 def samples(rollouts: Rollouts | None, kind: str, n: int) -> list[dict[str, Any]]:

@@ -98,6 +98,8 @@ class UpdateSettings:
     are stale or replayed and no correction is configured, so that the ratio then corrects for the sampler."""
     non_finite_logprobs: Literal["reject", "one"] = "reject"
     """Actions whose sampler's log-prob is no finite number: left out of the update, or taken with ratio 1."""
+    max_kl: float = 0.0
+    """Leave out the remaining optimiser steps of a rollout where KL(pi_old || pi) per action is above this; 0 never."""
     entropy_coef: float = 0.0
     value_coef: float = 0.5
     """Weight of the value loss where critic and policy share a trunk."""
@@ -105,7 +107,7 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         if self.steps_per_rollout < 1 or self.epochs < 1:
             raise ValueError("steps_per_rollout and epochs must be at least 1")
-        not_negative(self, "value_coef")
+        not_negative(self, "value_coef", "max_kl")
         if not isfinite(self.entropy_coef):  # negative: less entropy is wanted
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
 
@@ -156,6 +158,17 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         not_negative(self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class StopSettings:
+    """Block `stop:` - what ends a run before its last step, evaluated and saved as after that."""
+
+    kl: float = 0.0
+    """The KL to the reference per action is above this; 0 never."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "kl")
 
 
 @dataclass(frozen=True)
@@ -213,6 +226,7 @@ class Settings:
     """Of a separate critic; default: as `optimizer`."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    stop: StopSettings = field(default_factory=StopSettings)
     data: RowRules = field(default_factory=RowRules)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     trackers: Mapping[str, Any] = parts("tracker", {"console": "console", "jsonl": "jsonl"})

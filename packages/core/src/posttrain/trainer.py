@@ -63,6 +63,8 @@ log = logging.getLogger(__name__)
 
 SUM = "reward"
 """The column that holds the weighted sum of all rewards."""
+REFERENCE_KL = "kl/reference"
+"""The metric that holds the mean KL to the reference per action."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,8 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     if settings.update.non_finite_logprobs == "reject":
         signal = replace(signal, keep=signal.keep & known)
     coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef}
-    schedule = Schedule(settings.update.steps_per_rollout, settings.update.epochs, (settings.seed, step, 2))
+    schedule = Schedule(settings.update.steps_per_rollout, settings.update.epochs, (settings.seed, step, 2),
+                        settings.update.max_kl)
     with phases("update"):
         updated, budget, mixing = update(
             parts.trained, rollouts, signal, notes, old_logprobs(settings, rollouts, notes), coef, schedule,
@@ -253,15 +256,15 @@ def kl_metrics(kl: KL[Any], state: Any, notes: Annotations) -> Metrics:
     if kl.placement == "none":
         return Metrics()
     found = Metrics({"kl/coef": Metric(state.coef, reduction="last")})
-    return found + {"kl/reference": measured_kl(notes)} if notes.logprobs is not None else found
+    return found + {REFERENCE_KL: measured_kl(notes)} if notes.logprobs is not None else found
 
 
 def next_kl(kl: KL[Any], state: Any, metrics: Mapping[str, Metric], rollouts: Rollouts) -> Any:
     """The controller's state after this rollout."""
-    if kl.placement == "none" or "kl/reference" not in metrics:  # nothing was measured where every action was rejected
+    if kl.placement == "none" or REFERENCE_KL not in metrics:  # nothing was measured where every action was rejected
         return state
     entropy = metrics.get("policy/entropy")
-    return kl.update(state, kl=metrics["kl/reference"].value, n=rollouts.n_episodes,
+    return kl.update(state, kl=metrics[REFERENCE_KL].value, n=rollouts.n_episodes,
                      **({"entropy": entropy.value} if entropy else {}))
 
 

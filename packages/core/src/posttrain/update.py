@@ -15,7 +15,7 @@ import numpy as np
 from posttrain.batching import StepData, coarsest, counts_of, cut, plan_by_group, smaller_budget, units_of
 from posttrain.comm import Comm
 from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
-from posttrain.errors import Diverged, MemoryExhausted
+from posttrain.errors import ConfigError, Diverged, MemoryExhausted
 from posttrain.loss import SHARED, Sum
 from posttrain.protocols import Batching, GradientCombiner, Learner
 from posttrain.steps import Annotations
@@ -38,6 +38,8 @@ class Schedule:
     steps_per_rollout: int
     epochs: int
     seed: tuple[int, ...]
+    max_kl: float = 0.0
+    """The rest is left out where the policy has moved further than this from where it began; 0 leaves out nothing."""
 
 
 def minibatches(rollouts: Rollouts, keep: np.ndarray, schedule: Schedule) -> Iterator[np.ndarray]:
@@ -81,10 +83,11 @@ def per_action(weights: Weights, keep: np.ndarray, correction: np.ndarray) -> We
 
 def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndarray, correction: np.ndarray,
                    columns: Mapping[str, np.ndarray], coef: Mapping[str, float], *, batching: Batching, budget: int,
-                   comm: Comm, combiner: GradientCombiner[Any] | None = None,
-                   combiner_state: Any = None) -> tuple[Metrics, int, Any]:
+                   comm: Comm, combiner: GradientCombiner[Any] | None = None, combiner_state: Any = None,
+                   max_kl: float = 0.0) -> tuple[Metrics, int, Any]:
     """One step of every learner on the same episodes -> metrics, token budget, state of the gradient combiner.
 
+    With `max_kl` the step is not made where KL(pi_old || pi) per action is above it already, and `update/stopped` is 1.
     Raises `MemoryExhausted` when even single units do not fit, `Diverged` from the learner.
     """
     counts = over_ranks(counts_of(rollouts, keep), comm)
@@ -110,6 +113,13 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     metrics = Metrics({name: _of_one_step(m) if "loss/" in name else m for name, m in metrics.items()})
     metrics += {"batch/parts": Metric(len(parts), reduction="sum"),
                 "batch/memory_retries": Metric(retries, reduction="sum")}
+    if max_kl:
+        stopped = moved(metrics, comm) > max_kl
+        metrics += {STOPPED: Metric(float(stopped), reduction="max")}
+        if stopped:
+            for t in trained:
+                t.learner.discard()
+            return metrics, budget, combiner_state
     for t in trained:
         weights = None
         if combiner is not None and len(t.objective.slots) > 1:
@@ -125,6 +135,20 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             raise Diverged(f"{error}\nrows of that step: {_rows(rollouts)}") from error
         metrics += Metrics({t.prefix + name: m for name, m in applied.items()})
     return metrics, budget, combiner_state
+
+
+STOPPED = "update/stopped"
+"""1 where the rest of a rollout's optimiser steps was left out."""
+
+
+def moved(metrics: Metrics, comm: Comm) -> float:
+    """KL(pi_old || pi) per action over all ranks, as the objective measured it; raises `ConfigError` where it did not.
+    """
+    if (found := metrics.get("policy/approx_kl")) is None:
+        raise ConfigError(["update.max_kl: the objective does not measure policy/approx_kl, the KL to the policy "
+                           "before the update; use one with a ratio, such as ppo or grpo, or set update.max_kl=0"])
+    total, weight = comm.sum(np.array([found.total, found.weight]))
+    return float(total / weight) if weight else 0.0
 
 
 def _rows(rollouts: Rollouts, shown: int = 8) -> str:
@@ -164,6 +188,8 @@ def update(trained: Sequence[Trained], rollouts: Rollouts, signal: Signal, notes
         metrics, budget, combiner_state = optimiser_step(
             trained, rollouts.select(episodes), signal.keep[a], signal.correction[a],
             {name: column[..., a] for name, column in columns.items()}, coef, batching=batching, budget=budget,
-            comm=comm, combiner=combiner, combiner_state=combiner_state)
+            comm=comm, combiner=combiner, combiner_state=combiner_state, max_kl=schedule.max_kl)
         total += metrics
+        if STOPPED in metrics and metrics[STOPPED].value:
+            break
     return total, budget, combiner_state
