@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from posttrain.annotations import hints_of
-from posttrain.config import RewardEntry
+from posttrain.compose import check
+from posttrain.config import RewardEntry, load
 from posttrain.recipes import RECIPES
 from posttrain.registry import discover
 from posttrain.schema import Settings
@@ -98,3 +100,23 @@ def test_the_glossary_is_alphabetical_and_short() -> None:
     terms = [re.sub(r"[^a-z ]", " ", line.split("**")[1].lower()) for line in lines]
     assert terms == sorted(terms) and len(set(terms)) == len(terms) > 40
     assert all(len(line) < 330 for line in lines)
+
+
+def configurations() -> list[Any]:
+    """The YAML blocks of all pages but the guide to plugins, which has tests of its own."""
+    return [pytest.param(block, id=f"{page.stem}-{i}") for page in sorted(DOCS.glob("*.md"))
+            for i, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL))]
+
+
+@pytest.mark.needs("posttrain_estimators", "posttrain_objectives", "posttrain_backends")
+@pytest.mark.parametrize("block", configurations())
+def test_configurations_of_the_pages_fit_together(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a task, a reward where none is named, and what they say themselves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path" / "to" / "folder").mkdir(parents=True)
+    own = yaml.safe_load(block)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "answer": "a", "completion": "a"}\n')
+    supervised = own.get("loop") == "supervised" or RECIPES[own.get("recipe", "grpo")].settings.get("loop")
+    around = {"task": {"use": "rows", "path": str(tmp_path / "rows.jsonl")},
+              **({} if supervised else {"rewards": {"correct": "exact_match"}})}
+    check(load({**around, **own}, [], REGISTRY))

@@ -263,6 +263,8 @@ def test_the_environment_holds_for_cores_own_components_too() -> None:
                       "pip install 'posttrain-backends[hf]'"),
     ("tracker", "wandb", "tracker 'wandb' is in posttrain-core, which is not installed: "
                          "pip install 'posttrain-core[wandb]'"),
+    ("estimator", "acer", "estimator 'acer' is not offered: its correction term needs both policies' probabilities and "
+     "a value of every action that was not taken, which rollouts do not carry; use retrace (q: q_head)"),
     ("estimator", "ga", "estimator 'ga' not found; did you mean 'gae' (posttrain-estimators, not installed: "
                         "pip install posttrain-estimators)?  installed: none  all: posttrain plugins estimator"),
     ("estimator", "other/gae", "estimator 'other/gae' not found; did you mean 'gae' (posttrain-estimators, not "

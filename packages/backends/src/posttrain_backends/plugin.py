@@ -9,7 +9,7 @@ from posttrain.hookspecs import Component, hookimpl
 
 @hookimpl
 def components() -> Iterable[Component]:
-    """Model backends, their tokenizers, and rollout engines."""
+    """Model backends, their tokenizers, rollout engines, and GPU kernels."""
     return (
         Component("backend", "torch", "posttrain_backends.torch_native:Torch",
                   "native Llama-family transformer or your own torch module, CPU or CUDA",
@@ -24,4 +24,7 @@ def components() -> Iterable[Component]:
                   "the tokenizer of a model of Hugging Face transformers", extra="hf"),
         Component("engine", "batched", "posttrain_backends.engines:Batched",
                   "own decoding loop on the policy's torch weights, finished rows refilled at once", extra="torch"),
+        Component("kernel", "triton_recurrence", "posttrain_backends.kernels.recurrence:TritonRecurrence",
+                  "the recurrence behind returns and advantages, for CUDA tensors", extra="triton",
+                  source="Blelloch 1990, Prefix sums and their applications"),
     )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class RewardModel:
     """The score that a model gives an answer, read through the model's own tokenizer.
 
+    The model is a sequence- or token-classification model, or a causal language model with the value head of a run
+    beside it, as `posttrain export` writes of a run with `recipe: reward_model`.
+
     The text is made as TRL makes it for a reward model: messages and the answer as the assistant's through the chat
     template of the reward model's own tokenizer; a text prompt and its answer as one text. It is never cut: a row
     longer than the model reads is an error, for which `on_error` has the rule.
@@ -44,6 +47,9 @@ class RewardModel:
     """Of a token-classification model: which of the scores of the answer's tokens counts. `min` is a process reward
     model's usual choice (Lightman et al. 2023, arXiv 2305.20050 take the product or the minimum). What the chat
     template writes around the answer does not count, and an answer without a token has no score (None)."""
+    until: Literal["auto", "template", "answer"] = "auto"
+    """How far messages are read: with all that the chat template writes behind the answer, or up to the answer's end,
+    as `recipe: reward_model` trains. `auto`: `answer` where the read-out is a run's value head, else `template`."""
     label: str | int = ""
     """Name or number of the logit that is the score; a model with one label needs none."""
     output: Literal["logit", "logprob", "probability"] = "logit"

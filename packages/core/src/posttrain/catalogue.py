@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,8 @@ from enum import Enum
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from posttrain.annotations import hints_of, written
 from posttrain.errors import PluginError
@@ -144,8 +146,11 @@ def missing_packages(distribution: str, extra: str) -> tuple[str, ...]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a class, read from its source."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    """The string literal under each field of a class, read from its source; none where it has no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):  # made by a call, or in an interpreter's session
+        return {}
     return {line.target.id: doc for line, doc in _annotated(tree.body[0])}
 
 
@@ -201,15 +206,28 @@ def _file_of(target: Any) -> str:
 def _fields_of(target: Any, component: Component) -> tuple[FieldCard, ...]:
     if not (isinstance(target, type) and is_dataclass(target)):
         return ()
-    docs, hints = field_docs(target), hints_of(target)
-    return tuple(FieldCard(f.name, _type(hints.get(f.name, f.type)),
-                           _shown(component.defaults[f.name]) if f.name in component.defaults else _default(f),
-                           " ".join(docs.get(f.name, "").split())) for f in fields(target) if f.init)
+    return tuple(_cards(target, component.defaults))
+
+
+def _cards(cls: type, defaults: Mapping[str, Any], above: str = "",
+           within: tuple[type, ...] = ()) -> Iterator[FieldCard]:
+    """The fields of a dataclass; below one that may hold another dataclass, the fields of that (`adapter.rank`)."""
+    docs, hints = field_docs(cls), hints_of(cls)
+    for f in fields(cls):
+        hint = hints.get(f.name, f.type)
+        if not f.init:
+            continue
+        yield FieldCard(f"{above}{f.name}", _type(hint),
+                        _shown(defaults[f.name]) if f.name in defaults else _default(f),
+                        " ".join(docs.get(f.name, "").split()))
+        for inner in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+            if isinstance(inner, type) and is_dataclass(inner) and inner not in (cls, *within):
+                yield from _cards(inner, {}, f"{above}{f.name}.", (cls, *within))
 
 
 def _type(hint: Any) -> str:
     """An annotation as Python writes it, and what may be chosen where that does not say so."""
-    text = inspect.formatannotation(hint)
+    text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+([A-Z]\w*)", r"\1", inspect.formatannotation(hint))  # no modules in front
     chosen = isinstance(hint, type) and issubclass(hint, Enum)
     return f"{text}, one of {', '.join(map(_shown, hint))}" if chosen else text
 
@@ -235,7 +253,8 @@ def _aspects(registry: Registry, component: Component) -> dict[str, tuple[str, .
     wrong: list[str] = []
     try:
         made = registry.build(component, {}, (component.name,), lambda key, message: wrong.append(message))
-        found = {} if wrong else {aspect: getattr(made, aspect, None) for aspect in ASPECTS}
+        own = {f.name for f in fields(made)} if is_dataclass(made) else set()
+        found = {} if wrong else {aspect: getattr(made, aspect, None) for aspect in ASPECTS if aspect not in own}
     except Exception:  # a field that must be given, or the author's own check
         found = {}
     return {aspect: (str(value),) if isinstance(value, str) else tuple(sorted(map(str, value)))

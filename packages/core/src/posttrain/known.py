@@ -6,6 +6,7 @@ Reads an index that `tools/known_components.py` writes; it is read only after a 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,14 @@ from pathlib import Path
 from posttrain.registry import ALLOW, Registry, canonical
 
 INDEX = Path(__file__).with_name("known_components.json")
+
+NOT_OFFERED: Mapping[tuple[str, str], str] = {
+    ("estimator", "watkins_q"): "its trace ends where an action is not the greedy one, and rollouts do not say which "
+                                "is; use tree_backup or retrace (q: q_head)",
+    ("estimator", "acer"): "its correction term needs both policies' probabilities and a value of every action that "
+                           "was not taken, which rollouts do not carry; use retrace (q: q_head)",
+}
+"""Kind and name of what the field knows, and why no package of the project has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,8 @@ def elsewhere(registry: Registry, kind: str, name: str) -> str:
     """Why a component of the project, as `name` or `distribution/name`, is not to be had, and what to do; empty where
     the project has none of that name, or its package is there without it."""
     distribution, _, bare = name.rpartition("/")
+    if why := NOT_OFFERED.get((kind, bare)):
+        return f"{kind} '{bare}' is not offered: {why}"
     found = [k for k in known() if (k.kind, k.name) == (kind, bare)
              and (not distribution or k.distribution == canonical(distribution))]
     if not found:

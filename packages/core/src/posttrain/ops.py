@@ -143,7 +143,7 @@ def reverse_recurrence(decay: Array | float, x: Array, offsets: np.ndarray) -> A
     ops, framework = ops_of(x), framework_of(x)
     xp = ops.xp
     x = widen(x)
-    decay = xp.full_like(x, decay) if isinstance(decay, int | float) else widen(decay)
+    decay = _column_of(decay, x) if isinstance(decay, int | float) else widen(decay)
     if x.ndim != 1 or offsets[-1] != len(x) or decay.shape != x.shape:
         raise ValueError(f"reverse_recurrence takes a flat ragged column of {offsets[-1]} actions and a decay for each"
                          f" or one for all, got shapes {tuple(x.shape)} and {tuple(decay.shape)}")
@@ -160,6 +160,14 @@ def reverse_recurrence(decay: Array | float, x: Array, offsets: np.ndarray) -> A
     _refuse_non_finite("x", x, offsets)
     _refuse_non_finite("decay", xp.where(like(_is_last(offsets), x), 0.0, decay), offsets)
     return _doubling(decay, x, offsets)  # an overflow, which in any other form may have reached other episodes
+
+
+def _column_of(number: float, x: Array) -> Array:
+    """[N] one number, where the host solves a view of it, which takes no memory; kernels want it contiguous."""
+    xp = ops_of(x).xp
+    if _kernels.get() or _is_traced(x) or _device_of(framework_of(x), x) != "cpu":
+        return xp.full_like(x, number)
+    return xp.broadcast_to(xp.full((), number, dtype=x.dtype), x.shape)
 
 
 def _is_last(offsets: np.ndarray) -> np.ndarray:

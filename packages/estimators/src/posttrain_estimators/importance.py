@@ -93,9 +93,9 @@ def with_ratios(estimate: Estimate, ratio: Array, **ceilings: float) -> Estimate
     >>> {name: x.value for name, x in with_ratios(nothing, np.array([1.0, 3.0]), c_max=2.0).metrics.items()}
     {'ratio/mean': 2.0, 'ratio/max': 3.0, 'ratio/over_c_max': 0.5}
     """
-    rho = to_numpy(ratio).astype(np.float64)
-    over = {f"ratio/over_{name}": Metric(float((rho > x).sum()), len(rho)) for name, x in ceilings.items()}
-    found = {"ratio/mean": Metric(float(rho.sum()), len(rho)),
+    rho = to_numpy(ratio)
+    over = {f"ratio/over_{name}": Metric(float(np.count_nonzero(rho > x)), len(rho)) for name, x in ceilings.items()}
+    found = {"ratio/mean": Metric(float(rho.sum(dtype=np.float64)), len(rho)),
              "ratio/max": Metric(float(rho.max(initial=0.0)), reduction="max"), **over}
     return replace(estimate, metrics=estimate.metrics + found)
 

@@ -257,6 +257,7 @@ def _variance_of_difference(x: np.ndarray, y: np.ndarray) -> float:
 
 
 _WINDOW = 1 << 16
+"""Actions whose float32 numbers fit into the cache."""
 
 
 def _assigned(x: Array, at: Array, numbers: Array) -> Array:

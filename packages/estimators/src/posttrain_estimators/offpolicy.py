@@ -122,7 +122,7 @@ class VTrace:
         xp = ops_of(delta).xp
         ratio = xp.astype(xp.exp(log_ratios(episodes, self.trace_unit, self.trace_ratio, self.dead_zone)), delta.dtype)
         rho = self._leaky(ratio, self.rho_max)
-        c = self._leaky(ratio, self.c_max)
+        c = rho if self.c_max == self.rho_max else self._leaky(ratio, self.c_max)
         if self.trace_ratio == "sum":
             c = at_unit_ends(c, self.trace_unit, episodes)
         errors = reverse_recurrence(self.gamma * self.lam * c, rho * delta, episodes.offsets)
@@ -132,7 +132,8 @@ class VTrace:
         return with_ratios(estimate, ratio, rho_max=self.rho_max, c_max=self.c_max)
 
     def _leaky(self, ratio: Array, ceiling: float) -> Array:
-        return self.leak * capped(ratio, ceiling) + (1.0 - self.leak) * ratio
+        cut = capped(ratio, ceiling)
+        return cut if self.leak == 1 else self.leak * cut + (1.0 - self.leak) * ratio
 
 
 @final

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
@@ -24,10 +25,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.memory import translating_memory_errors
+from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.hf import MASKED
+from posttrain_backends._torch.models.hf_value import head_of
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
 from posttrain_backends.hf import source_of, unreachable
 
@@ -71,7 +75,10 @@ def read_classifier(spec: HF | RewardModel, config: Any) -> tuple[Task, PreTrain
     Raises `ConfigError` where it is no classification model, or its weights hold no trained read-out.
     """
     source = spec.weights or spec.model
-    if (found := class_of(config)) is None:
+    found, head = class_of(config), value_head_of(spec)
+    if found is None and head:
+        return "sequence", read_with_head(spec, head)
+    if found is None:
         raise ConfigError(
             [f"{source} is {' or '.join(config.architectures or ['of no architecture'])}; a reward model is one of "
              f"{', '.join(f'...{ending}' for ending in CLASSES)} (architectures of its config.json)"],
@@ -92,6 +99,43 @@ def read_classifier(spec: HF | RewardModel, config: Any) -> tuple[Task, PreTrain
         raise ConfigError([f"the weights of {source} lack {', '.join(missing[:3])}, so its scores would be random"],
                           next_step="Name a model that was trained as a classifier, with its read-out saved.")
     return task, module.eval()
+
+
+def value_head_of(spec: HF | RewardModel) -> dict[str, Tensor]:
+    """Weight and bias of the value head that a run saved beside its model; nothing where the folder holds none."""
+    return files.read_head(Path(spec.weights), files.VALUE_HEAD) if spec.weights else {}
+
+
+def read_with_head(spec: HF | RewardModel, head: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A causal language model with a run's value head as a sequence-classification model. Raises `ConfigError` where
+    transformers knows no such model of that architecture."""
+    attention, labels = None if spec.attention == "auto" else spec.attention, len(head["weight"])
+    try:
+        with quiet():  # it reports that the output matrix is not used and the read-out is not there
+            module, loading = AutoModelForSequenceClassification.from_pretrained(
+                spec.weights, num_labels=labels, dtype=torch.float32, attn_implementation=attention,
+                trust_remote_code=spec.trust_remote_code, use_safetensors=True, output_loading_info=True,
+                local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise unreachable(spec.weights, error) from error
+    name, own = head_of(module)
+    if lost := sorted(key for key in loading["missing_keys"] if not key.startswith(f"{name}.")):
+        raise ConfigError([f"the weights of {spec.weights} lack {', '.join(lost[:3])}, so its scores would be random"])
+    readout = torch.nn.Linear(own.in_features, labels)
+    files.copy_named(head.items(), readout.state_dict(), f"the value head in {spec.weights}")
+    setattr(module, name, readout)
+    return module.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Only errors of transformers are told."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 # ---- the texts that it reads
@@ -201,6 +245,7 @@ class LoadedRewardModel:
         self._alone = module.config.num_labels == 1 or module.config.problem_type == "multi_label_classification"
         self._output, self._reduce = OUTPUTS[spec.output], REDUCTIONS[spec.tokens]
         self._pad: int = _text_config(module).pad_token_id
+        self._whole = spec.until == "template" or (spec.until == "auto" and not value_head_of(spec))
         self._limit, self._cells = spec.max_tokens or max_positions(module), spec.batch_tokens
         self._halved = self.rows_alone = False
         self.adds_special_tokens = spec.special_tokens == "add" or (
@@ -229,7 +274,8 @@ class LoadedRewardModel:
 
     def _row(self, text: Text) -> _Row:
         special = self.adds_special_tokens and not text.is_chat
-        whole = self.tokenizer(text.whole, add_special_tokens=special, return_offsets_mapping=self._task == "token")
+        read = text.whole if self._whole else text.whole[:text.answer.stop]
+        whole = self.tokenizer(read, add_special_tokens=special, return_offsets_mapping=self._task == "token")
         ids = tuple(whole["input_ids"])
         if not ids:
             raise DataError(["prompt and answer are empty; a reward model reads at least one token"])
