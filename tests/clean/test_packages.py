@@ -20,8 +20,11 @@ pytestmark = [pytest.mark.clean, pytest.mark.timeout(1200)]
 TESTS: dict[str, tuple[str, ...]] = {
     "estimators": ("tests/estimators", "tests/contracts/test_estimators.py", "tests/contracts/test_meta_estimators.py",
                    "tests/contracts/test_estimators_values.py", "tests/contracts/test_estimators_critic_free.py",
-                   "tests/contracts/test_estimators_offpolicy.py", "tests/contracts/test_corrections.py"),
-    "objectives": ("tests/objectives", "tests/contracts/test_objectives.py", "tests/contracts/test_meta_objectives.py"),
+                   "tests/contracts/test_estimators_offpolicy.py", "tests/contracts/test_corrections.py",
+                   "tests/oracles/test_oracles.py"),
+    "objectives": ("tests/objectives", "tests/contracts/test_objectives.py", "tests/contracts/test_meta_objectives.py",
+                   "tests/contracts/test_kl.py", "tests/contracts/test_mixing_objectives.py",
+                   "tests/oracles/test_losses.py", "tests/oracles/test_mixing.py", "tests/oracles/test_pareto.py"),
     "backends": ("tests/backends", "tests/contracts/test_models.py"),
     "core": ("tests/core", "tests/contracts"),
 }

@@ -9,13 +9,16 @@ from typing import Any, final
 import numpy as np
 import pytest
 from contracts.test_mixing import TestDualAscent as DualAscentContract
+from contracts.test_mixing import TestLaggardFirst as LaggardContract
 from contracts.test_mixing import TestMean as MeanContract
 from contracts.test_mixing import TestMinNorm as MinNormContract
 from contracts.test_mixing import TestStandardisedSum as StandardisedContract
 from contracts.test_mixing import TestWeightedSum as WeightedContract
 from contracts.toys_mixing import (
     DualAscent,
+    LaggardFirst,
     Mean,
+    Means,
     MinNorm,
     Multipliers,
     Slots,
@@ -157,6 +160,45 @@ class InPlace:
         return replace(state, multipliers=dict(state.multipliers))
 
 
+@final
+@dataclass(frozen=True)
+class ForgetsUnmeasured:
+    """A cost without a measurement counts as kept: its multiplier falls to 0."""
+
+    def init(self, limits: Mapping[str, float]) -> Multipliers:
+        return started(limits)
+
+    def update(self, state: Multipliers, costs: Mapping[str, float]) -> Multipliers:
+        over = violations(state, costs)
+        return moved(state, {n: max(0.0, state.multipliers[n] + 0.1 * over[n]) if n in over else 0.0
+                             for n in state.limits}, over)
+
+
+@final
+@dataclass(frozen=True)
+class Switch:
+    """State of `NothingLeft`."""
+
+    limits: Mapping[str, float]
+    multipliers: Mapping[str, float]
+    status: Mapping[str, str]
+    reward_weight: float = 1.0
+
+
+@final
+@dataclass(frozen=True)
+class NothingLeft:
+    """The reward is left out while a limit is broken, although no multiplier is raised yet."""
+
+    def init(self, limits: Mapping[str, float]) -> Switch:
+        plain = started(limits)
+        return Switch(plain.limits, plain.multipliers, plain.status)
+
+    def update(self, state: Switch, costs: Mapping[str, float]) -> Switch:
+        over = violations(Multipliers(state.limits, state.multipliers, state.status), costs)
+        return replace(state, reward_weight=float(all(by <= 0 for by in over.values())))
+
+
 # ---- combiners of advantages
 
 
@@ -244,6 +286,37 @@ class NumpyOnly(_Columns):
         return Estimate(np.asarray(sum(to_numpy(kept_part(e)) for _, e in sorted(estimates.items()))))
 
 
+@final
+@dataclass(frozen=True)
+class MeansPoisoned:
+    """One mean of NaN stays in the state for the rest of the run."""
+
+    def init(self, columns: Sequence[str]) -> Means:
+        return LaggardFirst().init(columns)
+
+    def update(self, state: Means, measured: Mapping[str, float]) -> Means:
+        return Means({**state.means, **measured})
+
+    def combine(self, estimates: Mapping[str, Estimate], state: Means) -> Estimate:
+        return LaggardFirst().combine(estimates, state)
+
+
+@final
+@dataclass(frozen=True)
+class MeansInPlace:
+    """The state it is given is changed."""
+
+    def init(self, columns: Sequence[str]) -> Means:
+        return LaggardFirst().init(columns)
+
+    def update(self, state: Means, measured: Mapping[str, float]) -> Means:
+        state.means.update(measured)  # type: ignore[attr-defined]  # the bug
+        return Means(dict(state.means))
+
+    def combine(self, estimates: Mapping[str, Estimate], state: Means) -> Estimate:
+        return LaggardFirst().combine(estimates, state)
+
+
 # ---- combiners of gradients
 
 
@@ -324,6 +397,10 @@ BROKEN: Sequence[tuple[Any, type[ComponentContract], str]] = [
     (Poisoned(), DualAscentContract, "test_a_cost_that_is_no_number_does_no_lasting_harm"),
     (SpeedLost(), DualAscentContract, "test_state_survives_a_checkpoint"),
     (InPlace(), DualAscentContract, "test_changes_nothing_it_is_given"),
+    (ForgetsUnmeasured(), DualAscentContract, "test_a_cost_without_signal_holds_its_multiplier"),
+    (NothingLeft(), DualAscentContract, "test_a_weight_of_the_reward_goes_with_a_multiplier"),
+    (MeansPoisoned(), LaggardContract, "test_follows_what_is_measured"),
+    (MeansInPlace(), LaggardContract, "test_follows_what_is_measured"),
     (WeightsByPosition(), WeightedContract, "test_order_of_columns_does_not_matter"),
     (LeaksDropped(), WeightedContract, "test_actions_that_are_out_reach_nobody"),
     (DividesByDeviation(), StandardisedContract, "test_survives_columns_without_variance"),
@@ -348,6 +425,7 @@ def test_a_broken_component_is_caught(component: Any, contract: type[ComponentCo
 
 @pytest.mark.parametrize(("component", "contract"), [
     (DualAscent(), DualAscentContract), (WeightedSum(), WeightedContract), (StandardisedSum(), StandardisedContract),
+    (LaggardFirst(), LaggardContract),
     (Mean(), MeanContract), (MinNorm(), MinNormContract)], ids=str)
 def test_a_correct_component_passes(component: Any, contract: type[ComponentContract]) -> None:
     assert not dict(failures(contract, component))

@@ -13,7 +13,7 @@ import pytest
 from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.ops import Ops
-from posttrain.protocols import Need, Output
+from posttrain.protocols import Compared, Need, Output
 from posttrain.testing import ComponentContract, KernelContract, KLContract, ObjectiveContract, failures
 
 
@@ -90,8 +90,12 @@ class RightKL:
     def placement(self) -> Literal["loss"]:
         return "loss"
 
-    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-        return 0.5 * (logprobs - ref_logprobs) ** 2
+    @property
+    def unit(self) -> Literal["action"]:
+        return "action"
+
+    def divergence(self, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+        return 0.5 * (logprobs - compared.ref_logprobs) ** 2
 
     def init(self) -> State:
         return State(0.1)
@@ -177,6 +181,24 @@ class KLOfRight(KLContract):
 
 class TestRightKL(KLOfRight):
     components = (RightKL(),)
+
+
+class KLOnASchedule(KLOfRight):
+    """A coefficient of 0.1 (k + 1)."""
+
+    def target(self, component: Any) -> None: ...
+
+    def schedule(self, component: Any, k: int) -> float:
+        return 0.1 * (k + 1)
+
+
+class KLByEntropy(KLOfRight):
+    """A coefficient that is 0.2 where the entropy is low, and 0.1 where it is high."""
+
+    def target(self, component: Any) -> None: ...
+
+    def driven(self, component: Any) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        return {"entropy": 0.1}, {"entropy": 2.0}
 
 
 class KernelOfRight(KernelContract):
@@ -367,9 +389,10 @@ class WrongKL:
     """Everything of `RightKL` but one thing."""
 
     placement: ClassVar[str] = "loss"
+    unit: ClassVar[str] = "action"
 
-    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-        return RightKL().divergence(ops, logprobs, ref_logprobs)
+    def divergence(self, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+        return RightKL().divergence(ops, logprobs, compared)
 
     def init(self) -> Any:
         return State(0.1)
@@ -382,21 +405,32 @@ def wrong_kl(name: str, **members: Any) -> Any:
     return wrong(name, WrongKL, **members)
 
 
-def clamped(self: Any, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-    return 0.5 * ops.xp.clip(logprobs - ref_logprobs, -20.0, 20.0) ** 2
+def clamped(self: Any, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+    return 0.5 * ops.xp.clip(logprobs - compared.ref_logprobs, -20.0, 20.0) ** 2
 
 
-def overflowing(self: Any, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-    d = ref_logprobs - logprobs
+def overflowing(self: Any, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+    d = compared.ref_logprobs - logprobs
     return 0.5 * d**2 + 0.0 * ops.xp.exp(d)
 
 
-def no_gradient(self: Any, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-    return 0.5 * ops.stop_gradient(logprobs - ref_logprobs) ** 2 + 0.0 * logprobs
+def no_gradient(self: Any, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+    return 0.5 * ops.stop_gradient(logprobs - compared.ref_logprobs) ** 2 + 0.0 * logprobs
 
 
-def k1(self: Any, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
-    return logprobs - ref_logprobs
+def k1(self: Any, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+    return logprobs - compared.ref_logprobs
+
+
+def summed_over_episodes(self: Any, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+    d = logprobs - compared.ref_logprobs
+    whole = ops.segment_sum(d, compared.episode, compared.count.shape[0]) / compared.count
+    return 0.5 * ops.xp.take(whole, compared.episode, axis=0) ** 2
+
+
+def half_weighed(self: Any, ops: Ops, logprobs: Array, compared: Compared) -> Array:
+    found = RightKL().divergence(ops, logprobs, compared)
+    return found if compared.old_logprobs is None else 0.5 * found
 
 
 def upside_down(self: Any, state: State, *, kl: float, n: int, **measured: float) -> State:
@@ -435,6 +469,14 @@ class Forgetful:
     """KLs; a tuple becomes a list in JSON."""
 
 
+def late(self: Any, state: State, *, kl: float, n: int, **measured: float) -> State:
+    return State(state.coef + 0.1 + 1e-6) if math.isfinite(kl) else state
+
+
+def other_way(self: Any, state: State, *, kl: float, n: int, entropy: float = math.nan, **measured: float) -> State:
+    return state if math.isnan(entropy) else State(0.1 if entropy < 1 else 0.2)
+
+
 def keeping_history(self: Any, state: Forgetful, *, kl: float, n: int, **measured: float) -> Forgetful:
     return Forgetful(RightKL().update(State(state.coef), kl=kl, n=n).coef, (*state.history[-3:], kl))
 
@@ -445,6 +487,8 @@ KLS_CAUGHT: list[tuple[Any, str]] = [
     (wrong_kl("K1IsNegative", divergence=k1), "test_is_what_it_claims"),
     (wrong_kl("Stopped", divergence=no_gradient), "test_has_the_gradient_that_it_claims"),
     (wrong_kl("K2InTheReward", placement="reward"), "test_has_the_gradient_that_it_claims"),
+    (wrong_kl("UnitTooSmall", divergence=summed_over_episodes), "test_unit_is_what_it_needs_whole"),
+    (wrong_kl("OtherWithOldLogprobs", divergence=half_weighed), "test_no_old_logprobs_mean_the_policy_itself"),
     # trl/pull/6637
     (wrong_kl("Clamped", divergence=clamped), "test_survives_extreme_log_ratios"),
     (wrong_kl("Overflowing", divergence=overflowing), "test_survives_extreme_log_ratios"),
@@ -528,6 +572,8 @@ KERNELS_CAUGHT: list[tuple[Any, str]] = [
 CAUGHT: list[tuple[type[ComponentContract], Any, str]] = [
     *((Contract, component, test) for component, test in OBJECTIVES_CAUGHT),
     *((KLOfRight, component, test) for component, test in KLS_CAUGHT),
+    (KLOnASchedule, wrong_kl("Late", update=late), "test_follows_its_schedule"),
+    (KLByEntropy, wrong_kl("OtherWay", update=other_way), "test_is_driven_by_what_its_author_names"),
     *((KernelOfRight, component, test) for component, test in KERNELS_CAUGHT)]
 SEEN_IN_GRADIENTS = {"AttachedMetric", "OldNotStopped", "Clamped"}
 """Wrong in what is differentiated alone, by tests that measure more than gradients."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from contracts import toys_mixing
-from contracts.toys_mixing import DualAscent, Mean, MinNorm, StandardisedSum, WeightedSum
+from contracts.toys_mixing import DualAscent, LaggardFirst, Mean, MinNorm, StandardisedSum, WeightedSum
 from posttrain.testing import CombinerContract, ConstraintContract, GradientCombinerContract
 
 
@@ -44,6 +44,17 @@ class TestStandardisedSum(CombinerContract):
 
     def alone(self, component: Any, advantages: Any) -> Any:
         return advantages / (advantages ** 2).mean() ** 0.5
+
+
+class TestLaggardFirst(CombinerContract):
+    components = (LaggardFirst(),)
+    plugins = (toys_mixing,)
+
+    def oracle(self, component: Any, advantages: Mapping[str, Sequence[float]],
+               keep: Mapping[str, Sequence[bool]]) -> Sequence[float]:
+        """Before anything is measured all columns share the least mean."""
+        n = len(next(iter(advantages.values())))
+        return [sum(A[i] for c, A in advantages.items() if keep[c][i]) / len(advantages) for i in range(n)]
 
 
 class TestMean(GradientCombinerContract):

@@ -20,7 +20,8 @@ def components() -> Iterable[Component]:
     yield Component("constraint", "dual_ascent", f"{__name__}:DualAscent", "projected dual ascent")
     yield Component("combiner", "weighted_sum", f"{__name__}:WeightedSum", "sum of columns")
     yield Component("combiner", "standardised_sum", f"{__name__}:StandardisedSum", "sum of standardised columns")
-    yield Component("gradient_combiner", "mean", f"{__name__}:Mean", "mean of the gradients")
+    yield Component("combiner", "laggard_first", f"{__name__}:LaggardFirst", "the column whose mean is least")
+    yield Component("gradient_combiner", "equal_weights", f"{__name__}:Mean", "mean of the gradients")
     yield Component("gradient_combiner", "min_norm", f"{__name__}:MinNorm", "minimum norm point of unit gradients")
 
 
@@ -118,6 +119,30 @@ class StandardisedSum:
             square = ops_of(A).xp.sum(A * A) / n
             total = total + A * ((square > self.eps) / (square + (square <= self.eps)) ** 0.5)
         return Estimate(total)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Means:
+    """State of a combiner that follows the rewards: the last measured mean of each column."""
+
+    means: Mapping[str, float]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LaggardFirst:
+    """The advantages of the column whose mean is least; the mean of those where several share it."""
+
+    def init(self, columns: Sequence[str]) -> Means:
+        return Means(dict.fromkeys(columns, 0.0))
+
+    def update(self, state: Means, measured: Mapping[str, float]) -> Means:
+        return Means({**state.means, **{column: x for column, x in measured.items() if isfinite(x)}})
+
+    def combine(self, estimates: Mapping[str, Estimate], state: Means) -> Estimate:
+        least = [c for c in sorted(state.means) if state.means[c] == min(state.means.values())]
+        return Estimate(sum(kept_part(estimates[c]) for c in least) / len(least))
 
 
 @final

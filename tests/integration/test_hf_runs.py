@@ -122,3 +122,13 @@ def test_the_reference_of_a_policy_whose_weights_are_all_trained_is_a_model_of_i
     posttrain.train({**settings(base, tmp_path / "run"), "kl": KL}, output="quiet")
     kl = [row["kl/reference"] for row in metrics(tmp_path / "run")]
     assert kl[0] == 0 < kl[-1]
+
+
+def test_the_reference_of_an_adapter_moves_too(base, tmp_path):
+    """Before it moves it is the policy without its adapter."""
+    run = tmp_path / "run"
+    posttrain.train({**settings(base, run, adapter=LORA), "kl": {"use": "fixed", "placement": "loss", "coef": 0.05},
+                     "reference_update": {"every": 2}}, output="quiet")
+    kl, initial = ([row[name] for row in metrics(run)] for name in ("kl/reference", "kl/initial"))
+    assert kl[1] == pytest.approx(initial[1], rel=1e-3, abs=1e-7) and initial[1] > 0
+    assert abs(kl[2]) < 1e-9 < initial[2]

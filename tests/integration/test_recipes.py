@@ -63,13 +63,17 @@ def watch(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_trains(recipe: str, tmp_path: Path) -> None:
-    changes = {"batch_size": 8} if recipe == "sft" else {}
+    supervised = RECIPES[recipe].settings.get("loop") == "supervised"
+    changes: dict[str, Any] = {"batch_size": 8} if supervised else {}
+    if recipe in ("dpo", "reward_model"):
+        pairs = [{"prompt": f"{a}+4=", "chosen": str(a + 4), "rejected": str(a + 3)} for a in range(5)]
+        changes |= {"task": {"use": "rows", "rows": pairs}, "rewards": {}}
     _, lines = trained(tmp_path, recipe=recipe, **changes)
     settings = RECIPES[recipe].settings
     steps = settings.get("update", {})
     optimiser_steps = steps.get("steps_per_rollout", 1) * steps.get("epochs", 1)
     assert all(line["batch/parts"] == optimiser_steps for line in lines), "one part is enough for each optimiser step"
-    assert ("reward/mean" in lines[0]) == (recipe != "sft")
+    assert ("reward/mean" in lines[0]) != supervised
     assert ("kl/reference" in lines[0]) == (recipe in ("grpo", "rloo", "ppo"))
     assert ("loss/value" in lines[0]) == (recipe == "ppo")
     assert ("rollout/filtered_groups" in lines[0]) == (recipe == "dapo")

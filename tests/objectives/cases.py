@@ -18,7 +18,7 @@ from posttrain.protocols import Objective
 FRAMEWORKS = ("numpy", "torch", "jax")
 COEF = {"value": 0.7, "entropy": 0.3}
 ACTION_FIELDS = ("weight", "kl_weight", "value_weight", "advantages", "targets", "old_logprobs", "ref_logprobs",
-                 "old_values")
+                 "behavior_logprobs", "old_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +58,12 @@ def random_case(seed: int, lengths: Sequence[int] = (3, 0, 5, 1, 4), spread: flo
     N = sum(lengths)
     old = -rng.exponential(1.0, N)
     values = rng.normal(size=(heads, N))
+    behavior = old + np.random.default_rng([seed, 1]).normal(scale=0.5, size=N)
     return Case(
         tuple(lengths),
         {"logprobs": old + rng.normal(scale=spread, size=N), "entropy": rng.exponential(size=N), "values": values},
         {"advantages": rng.normal(size=N), "targets": values + rng.normal(size=(heads, N)), "old_logprobs": old,
+         "behavior_logprobs": behavior,
          "ref_logprobs": old + rng.normal(scale=0.5, size=N),
          "old_values": values + rng.normal(scale=0.4, size=(heads, N))})
 

@@ -1,155 +1,172 @@
-"""KL estimators: value and gradient by full enumeration of a tabular autoregressive policy, in float64.
+"""KL estimators: values in every framework, precision, clamps, episodes; and combinations that are refused, by text.
 
-The facts of Section B.2: which estimator, in which place, has the gradient of the KL of whole episodes.
+What their gradients are is `test_kl_gradients.py`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import math
+from typing import Any
 
 import numpy as np
 import pytest
+from frameworks import FRAMEWORKS, in_float64
+from objectives.cases import micro_batch, random_case
+from posttrain.data import TokenOutputs
+from posttrain.loss import KLTerm, NoKL
 from posttrain.ops import ops_of
-from posttrain_objectives.kl import AdaptiveKL, FixedKL, divergence, k1, k2, k3
+from posttrain.protocols import Compared
+from posttrain_objectives.kl import PIDKL, AdaptiveKL, BandKL, DualKL, EntropyKL, FixedKL
+from posttrain_objectives.kl_estimators import ESTIMATORS, divergence
+from posttrain_objectives.kl_schedules import ScheduledKL
 
-torch = pytest.importorskip("torch")
-
-V, T = 3, 3
-"""Tokens of the vocabulary, and of an episode."""
-SEQUENCES = list(itertools.product(range(V), repeat=T))
-PREFIXES = {p: i for i, p in enumerate(p for n in range(T) for p in itertools.product(range(V), repeat=n))}
-ROWS = np.array([[PREFIXES[y[:t]] for t in range(T)] for y in SEQUENCES])
-ACTIONS = np.array(SEQUENCES)
-
-Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""log pi [27, T], log pi_ref [27, T] -> per-action divergence [27, T]."""
+COMPONENTS = (FixedKL, ScheduledKL, AdaptiveKL, PIDKL, BandKL, DualKL, EntropyKL)
+LENGTHS = np.array([3, 1, 2])
+EPISODE = np.repeat(np.arange(3), LENGTHS)
 
 
-def tables(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of policy (a leaf) and reference, one row per prefix."""
-    rng = np.random.default_rng(seed)
-    shape = (len(PREFIXES), V)
-    return torch.tensor(rng.normal(size=shape), requires_grad=True), torch.tensor(rng.normal(size=shape))
+def compared(logq: np.ndarray, old: np.ndarray | None = None, asarray: Any = np.asarray) -> Compared:
+    """Six actions of three episodes."""
+    return Compared(asarray(logq), asarray(EPISODE), asarray(LENGTHS), None if old is None else asarray(old))
 
 
-def token_logprobs(logits: torch.Tensor) -> torch.Tensor:
-    """[27, T] log-prob of each token of each possible sequence."""
-    return torch.log_softmax(logits, -1)[ROWS, ACTIONS]
+def literal(name: str, off_policy: str, logp: np.ndarray, logq: np.ndarray, old: np.ndarray) -> list[float]:
+    """One action after the other."""
+    found = []
+    for n, e in enumerate(EPISODE):
+        members = [i for i in range(len(EPISODE)) if EPISODE[i] == e] if name == "seq_k2" else [n]
+        d = sum(logq[i] - logp[i] for i in members)
+        k = {"k1": -d, "k2": d * d / 2, "seq_k2": d * d / 2 / len(members)}.get(name, math.exp(min(d, 20)) - 1 - d)
+        log_rho = sum(min(max(logp[i] - old[i], -20), 20) for i in members)
+        found.append(k if off_policy == "none" else math.exp(min(max(log_rho, -20), 20)) * k)
+    return found
 
 
-def gradient(loss: torch.Tensor, theta: torch.Tensor) -> np.ndarray:
-    return torch.autograd.grad(loss, theta, retain_graph=True)[0].numpy().ravel()
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_values_are_the_literal_ones_in_all_frameworks(framework: str) -> None:
+    rng = np.random.default_rng(3)
+    logp, logq, old = -rng.exponential(size=(3, 6))
+    asarray = FRAMEWORKS[framework]
+    for dtype, rtol in ((np.float64, 1e-13), (np.float32, 2e-5)):
+        with in_float64(framework):
+            x, q, mu = (asarray(c.astype(dtype)) for c in (logp, logq, old))
+            at = Compared(q, asarray(EPISODE), asarray(LENGTHS), mu)
+            for name in ESTIMATORS:
+                for off_policy in ("none", "ratio"):
+                    found = np.asarray(divergence(ops_of(x), name, x, at, off_policy))
+                    assert found.dtype == dtype, (name, off_policy)
+                    np.testing.assert_allclose(found, literal(name, off_policy, logp, logq, old), rtol=rtol,
+                                               atol=1e-6 if dtype is np.float32 else 1e-15, err_msg=name)
 
 
-def exact_gradient(theta: torch.Tensor, ref: torch.Tensor) -> np.ndarray:
-    """Of KL(pi || ref) over whole sequences."""
-    logp, logq = token_logprobs(theta).sum(-1), token_logprobs(ref).sum(-1)
-    return gradient((logp.exp() * (logp - logq)).sum(), theta)
-
-
-def loss_gradient(k: Divergence, theta: torch.Tensor, ref: torch.Tensor) -> np.ndarray:
-    """Expected gradient of the sampled sum of k, as a learner differentiates it: samples are constants."""
-    logp = token_logprobs(theta)
-    p = logp.sum(-1).exp().detach()
-    return gradient((p * k(logp, token_logprobs(ref)).sum(-1)).sum(), theta)
-
-
-def reward_gradient(k: Divergence, theta: torch.Tensor, ref: torch.Tensor) -> np.ndarray:
-    """Expected policy gradient where k is a cost of each action, with costs-to-go."""
-    logp = token_logprobs(theta)
-    p = logp.sum(-1).exp().detach()
-    cost = k(logp.detach(), token_logprobs(ref))
-    to_go = cost.flip(-1).cumsum(-1).flip(-1)
-    return gradient((p * (logp * to_go).sum(-1)).sum(), theta)
-
-
-def raw(estimator: Callable[..., torch.Tensor]) -> Divergence:
-    """An estimator of the module, in a place where components refuse it."""
-    return lambda logp, logq: estimator(ops_of(logp), logq - logp)
-
-
-def of(kl: FixedKL | AdaptiveKL) -> Divergence:
-    return lambda logp, logq: kl.divergence(ops_of(logp), logp, logq)
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_small_log_ratios_keep_their_digits_and_large_ones_stay_finite(framework: str) -> None:
+    d = np.array([0.0, 1e-9, -0.3, 2.0, 100.0, -100.0])
+    clamped = np.minimum(d, 20)
+    expected = {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(clamped) - clamped}
+    asarray = FRAMEWORKS[framework]
+    for dtype, rtol in ((np.float64, 1e-13), (np.float32, 1e-5)):
+        with in_float64(framework):
+            logp = asarray(np.zeros(6, dtype))
+            for name, value in expected.items():
+                found = np.asarray(divergence(ops_of(logp), name, logp, compared(d.astype(dtype), None, asarray)))
+                np.testing.assert_allclose(found, value, rtol=rtol, atol=1e-16)
 
 
 def test_k1_and_k3_are_unbiased_and_k2_is_not() -> None:
-    theta, ref = tables(0)
-    logp, logq = torch.log_softmax(theta.detach(), -1), torch.log_softmax(ref, -1)
-    exact = (logp.exp() * (logp - logq)).sum(-1)
-    def mean(k: Divergence) -> torch.Tensor:
-        return (logp.exp() * k(logp, logq)).sum(-1)
-    torch.testing.assert_close(mean(raw(k1)), exact, rtol=1e-13, atol=1e-15)
-    torch.testing.assert_close(mean(raw(k3)), exact, rtol=1e-12, atol=1e-15)
-    assert (mean(raw(k2)) - exact).abs().max() > 0.05
+    rng = np.random.default_rng(0)
+    logp, logq = (z - np.log(np.exp(z).sum()) for z in rng.normal(size=(2, 6)))
+    exact = np.exp(logp) @ (logp - logq)
+    mean = {name: np.exp(logp) @ divergence(ops_of(logp), name, logp, compared(logq)) for name in ("k1", "k2", "k3")}
+    assert mean["k1"] == pytest.approx(exact, rel=1e-13) and mean["k3"] == pytest.approx(exact, rel=1e-13)
+    assert abs(mean["k2"] - exact) > 0.02
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_k1_in_the_reward_has_the_exact_gradient(seed: int) -> None:
-    theta, ref = tables(seed)
-    assert relative_error(reward_gradient(of(FixedKL()), theta, ref), exact_gradient(theta, ref)) < 1e-13
+def test_an_estimate_of_episodes_sums_to_that_of_each() -> None:
+    """Whatever lies beside it; an action of a dummy episode, as a backend pads, changes no other."""
+    rng = np.random.default_rng(1)
+    logp, logq = -rng.exponential(size=(2, 6))
+    k = divergence(ops_of(logp), "seq_k2", logp, compared(logq))
+    per_episode = np.add.reduceat(logp - logq, [0, 3, 4])
+    np.testing.assert_allclose(np.add.reduceat(k, [0, 3, 4]), per_episode**2 / 2, rtol=1e-13)
+    padded = Compared(np.append(logq, -9.0), np.append(EPISODE, 3), np.append(LENGTHS, 1))
+    longer = np.append(logp, -0.5)
+    assert np.array_equal(divergence(ops_of(logp), "seq_k2", longer, padded)[:6], k)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_k1_in_the_loss_has_an_expected_gradient_of_zero(seed: int) -> None:
-    theta, ref = tables(seed)
-    assert np.abs(loss_gradient(raw(k1), theta, ref)).max() < 1e-15
+def test_the_unit_is_the_episode_where_the_estimate_is() -> None:
+    assert {name: FixedKL(placement="loss", estimator=name, off_policy="ratio").unit for name in ESTIMATORS} == {
+        "k1": "action", "k2": "action", "k3": "action", "k3+": "action", "seq_k2": "episode"}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_k2_in_the_loss_has_the_partial_gradient(seed: int) -> None:
-    """That of each token's own KL at the prefixes as they are drawn; the effect on later tokens is missing."""
-    theta, ref = tables(seed)
-    logp, logq = torch.log_softmax(theta, -1), torch.log_softmax(ref, -1)
-    per_prefix = (logp.exp() * (logp - logq)).sum(-1)
-    p = token_logprobs(theta).sum(-1).exp().detach()
-    partial = gradient((p * per_prefix[ROWS].sum(-1)).sum(), theta)
-    found = loss_gradient(of(FixedKL(placement="loss")), theta, ref)
-    assert relative_error(found, partial) < 1e-13
-    assert relative_error(found, exact_gradient(theta, ref)) > 0.1
-    assert cosine(found, exact_gradient(theta, ref)) > 0.5
-
-
-def test_k3_in_the_loss_has_the_gradient_of_the_forward_kl_of_each_step() -> None:
-    theta, ref = tables(0)
-    logp, logq = torch.log_softmax(theta, -1), torch.log_softmax(ref, -1)
-    forward = gradient((logq.exp() * (logq - logp)).sum(), theta)
-    k = of(FixedKL(placement="loss", estimator="k3"))
-    found = gradient((logp.exp().detach() * k(logp, logq)).sum(), theta)
-    assert relative_error(found, forward) < 1e-13
-
-
-@pytest.mark.parametrize("estimator", [k2, k3])
-def test_k2_and_k3_in_the_reward_push_rare_actions_away_from_the_reference(
-        estimator: Callable[..., torch.Tensor]) -> None:
-    """One step, pi = (0.2, 0.8), reference (0.5, 0.5): descent must raise the probability of the first action."""
-    theta = torch.log(torch.tensor([0.2, 0.8], dtype=torch.float64)).requires_grad_()
-    logp, logq = torch.log_softmax(theta, -1), torch.log(torch.tensor([0.5, 0.5], dtype=torch.float64))
-    def score_gradient(k: Divergence) -> np.ndarray:
-        return gradient((logp.exp().detach() * k(logp.detach(), logq) * logp).sum(), theta)
-    exact = gradient((logp.exp() * (logp - logq)).sum(), theta)
-    assert cosine(score_gradient(raw(k1)), exact) == pytest.approx(1.0)
-    assert cosine(score_gradient(raw(estimator)), exact) == pytest.approx(-1.0)
-
-
+@pytest.mark.needs("torch")
 def test_half_precision_is_computed_in_float32() -> None:
+    torch = pytest.importorskip("torch")
     logp = torch.tensor([-1.0, -2.0], dtype=torch.bfloat16)
-    found = divergence(ops_of(logp), "k3", logp, torch.tensor([-1.001, -2.5]))
+    at = Compared(torch.tensor([-1.001, -2.5]), torch.tensor([0, 0]), torch.tensor([2]))
+    found = divergence(ops_of(logp), "k3", logp, at)
     assert found.dtype == torch.float32
     d = np.array([-0.001, -0.5])
     np.testing.assert_allclose(found.numpy(), np.expm1(d) - d, rtol=1e-3)
 
 
-def test_k3_gradient_vanishes_above_its_clamp_alone() -> None:
-    logp = torch.tensor([-50.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    logq = torch.tensor([-1.0, -1.5, -90.0], dtype=torch.float64)
-    divergence(ops_of(logp), "k3", logp, logq).sum().backward()
-    np.testing.assert_allclose(logp.grad, [0.0, 1 - np.exp(-0.5), 1.0], rtol=1e-12)
+@pytest.mark.needs("torch")
+def test_gradients_at_the_clamp() -> None:
+    """k3's vanishes above it alone; the others go on, and the ratio form of k3 still points the right way."""
+    torch = pytest.importorskip("torch")
+    expected = {("k3", "none"): [0.0, 1 - math.exp(-0.5), 1.0], ("k2", "none"): [-49.0, 0.5, 90.0],
+                ("k3+", "none"): [-49.0, 0.5, 90.0], ("k3", "ratio"): [-49.0, 0.5, 90.0]}
+    for (name, off_policy), slopes in expected.items():
+        logp = torch.tensor([-50.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
+        logq = torch.tensor([-1.0, -1.5, -90.0], dtype=torch.float64)
+        at = Compared(logq, torch.tensor([0, 0, 0]), torch.tensor([3]))
+        divergence(ops_of(logp), name, logp, at, off_policy).sum().backward()
+        np.testing.assert_allclose(logp.grad, slopes, rtol=1e-12)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("placement, estimator, off_policy, message", [
+    ("loss", "k1", "none", "zero.*estimator: k2.*off_policy: ratio.*placement: reward"),
+    ("reward", "k2", "none", "k2 as a reward.*away from the reference.*k1.*placement: loss"),
+    ("reward", "k3", "none", "k3 as a reward.*away from the reference.*k1.*placement: loss"),
+    ("reward", "k3+", "none", "away from the reference.*k1.*placement: loss"),
+    ("reward", "seq_k2", "none", "seq_k2 as a reward.*not on which side.*k1.*placement: loss"),
+    ("advantage", "k2", "none", "k2 as an advantage.*away from the reference"),
+    ("advantage", "k3", "none", "away from the reference.*k1.*placement: loss"),
+    ("advantage", "k3+", "none", "away from the reference.*k1.*placement: loss"),
+    ("advantage", "seq_k2", "none", "not on which side.*k1.*placement: loss"),
+    ("reward", "auto", "ratio", "off_policy ratio belongs to placement loss.*off_policy: none"),
+    ("advantage", "k1", "ratio", "off_policy ratio belongs to placement loss.*off_policy: none"),
+    ("loss", "exact", "none", "whole vocabulary.*estimator: k2.*k1"),
+    ("reward", "exact", "none", "whole vocabulary.*estimator: k2.*k1"),
+    ("los", "auto", "none", "did you mean 'loss'"),
+    ("loss", "k4", "none", r"auto, k1, k2, k3, k3\+, seq_k2"),
+    ("loss", "k2", "ration", "did you mean 'ratio'"),
+])
+def test_misleading_combinations_are_refused_with_a_way_out(component: Any, placement: str, estimator: str,
+                                                            off_policy: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        component(placement=placement, estimator=estimator, off_policy=off_policy)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "seq_k2"])
+def test_the_term_in_the_loss_is_the_weighted_sum_and_reports_how_much_is_clamped(estimator: Any) -> None:
+    """Actions without weight, as a backend pads, are not counted."""
+    case = random_case(4, lengths=(2, 3))
+    logp, logq = case.outputs["logprobs"], case.columns["ref_logprobs"].copy()
+    logq[0], logq[3], logq[4] = logp[0] - 21.0, logp[3] + 30.0, logp[4] - 50.0
+    weight = np.array([0.2, 0.3, 0.1, 0.4, 0.0])
+    part = micro_batch(case.with_columns(ref_logprobs=logq, weight=weight, kl_weight=weight, value_weight=weight),
+                       np.asarray)
+    kl = FixedKL(placement="loss", estimator=estimator)
+    loss = KLTerm(kl)(ops_of(logp), TokenOutputs(logp), part, {"kl": np.float64(0.3)})
+    d = logp - logq
+    k = d**2 / 2 if estimator == "k2" else np.repeat([d[:2].sum()**2 / 4, d[2:].sum()**2 / 6], [2, 3])
+    assert KLTerm(kl).unit == kl.unit and float(loss.terms["kl"].total) == pytest.approx(weight @ k, rel=1e-13)
+    assert loss.terms["kl"].coef == 0.3 and loss.metrics["kl/clamped"] == (2.0, 4.0)
+
+
+def test_no_kl_adds_nothing() -> None:
+    none = NoKL()
+    assert none.placement == "none" and none.update(none.init(), kl=3.0, n=5).coef == 0.0
+    assert not none.divergence(ops_of(np.ones(6)), np.ones(6), compared(np.zeros(6))).any()

@@ -25,8 +25,9 @@ def class_of(component: Component) -> type:
 
 def test_names() -> None:
     names = {kind: [c.name for c in COMPONENTS if c.kind == kind] for kind in {c.kind for c in COMPONENTS}}
-    assert names == {"objective": ["ppo", "grpo", "dapo", "dr_grpo", "gspo", "reinforce", "sft", "value",
-                                   "action_value", "entropy"],
+    assert names == {"objective": ["ppo", "ppo_dual_clip", "decoupled_ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo",
+                                   "sapo", "reinforce", "sft", "dpo", "bradley_terry", "value", "action_value",
+                                   "entropy"],
                      "kl": ["fixed", "adaptive"]}
 
 

@@ -25,7 +25,7 @@ from posttrain.protocols import Need, Output
 from posttrain_objectives.plugin import components
 from posttrain_objectives.policy_gradient import PolicyGradient
 
-CLIPPED = {
+BOUNDED = {
     "ppo": PolicyGradient(),
     "grpo": PolicyGradient(denominator="sequence_mean"),
     "dapo": PolicyGradient(clip_high=0.28),
@@ -33,10 +33,15 @@ CLIPPED = {
     "gspo": PolicyGradient(ratio="sequence", clip_low=3e-4, clip_high=4e-4, denominator="sequence_mean"),
     "gspo_wide": PolicyGradient(ratio="sequence", clip_low=0.1, clip_high=0.12, denominator="sequence_mean"),
     "dual": PolicyGradient(dual_clip=1.3),
+    "ppo_dual_clip": PolicyGradient(dual_clip=3.0),
+    "cispo": PolicyGradient(surrogate="cispo"),
+    "cispo_low": PolicyGradient(surrogate="cispo", cap=1.1),
+    "sapo": PolicyGradient(surrogate="sapo", denominator="sequence_mean"),
 }
-ALL = {**CLIPPED, "reinforce": PolicyGradient(surrogate="reinforce")}
+"""Those of which the ratio is bounded, and whose gradient is the plain one where it is 1."""
+ALL = {**BOUNDED, "reinforce": PolicyGradient(surrogate="reinforce"), "decoupled_ppo": PolicyGradient(behavior_cap=2.0)}
 every_objective = pytest.mark.parametrize("objective", ALL.values(), ids=ALL)
-clipped_objective = pytest.mark.parametrize("objective", CLIPPED.values(), ids=CLIPPED)
+bounded_objective = pytest.mark.parametrize("objective", BOUNDED.values(), ids=BOUNDED)
 differentiable = pytest.mark.parametrize("framework", ("torch", "jax"))
 # JAX compiles anew for each shape: where shapes differ, it runs the objective that uses all of the batch
 every_objective_some_in_jax = pytest.mark.parametrize(
@@ -62,10 +67,19 @@ def oracle(p: PolicyGradient, case: Case, at: np.ndarray, around: np.ndarray) ->
         if p.surrogate == "reinforce":
             losses[n] = -A[n] * at[n]
             continue
+        if p.surrogate == "cispo":
+            losses[n] = -min(math.exp(around[n] - old[n]), p.cap) * A[n] * at[n]
+            continue
+        if p.surrogate == "sapo":
+            tau = p.tau_positive if A[n] > 0 else p.tau_negative
+            losses[n] = -4 / tau / (1 + math.exp(-tau * (r - 1))) * A[n]
+            continue
         bounded = min(max(r, 1 - p.clip_low), 1 + p.clip_high)
         losses[n] = -min(r * A[n], bounded * A[n])
         if p.dual_clip and A[n] < 0:
             losses[n] = min(losses[n], -p.dual_clip * A[n])
+        if p.behavior_cap:
+            losses[n] *= min(p.behavior_cap, math.exp(old[n] - case.columns["behavior_logprobs"][n]))
     return averaged(case.rows(losses), p.denominator, p.length)
 
 
@@ -124,7 +138,7 @@ def test_gradient_is_zero_exactly_where_the_clip_holds(framework: str) -> None:
     assert moves(PolicyGradient(surrogate="reinforce")) == [True] * 7
 
 
-@clipped_objective
+@bounded_objective
 @differentiable
 def test_gradient_at_ratio_one_is_the_plain_policy_gradient(objective: PolicyGradient, framework: str) -> None:
     case = prepared(objective, random_case(1))
@@ -320,7 +334,9 @@ def test_kl_weight_is_positive_on_every_kept_action_and_not_corrected() -> None:
 
 def test_needs_outputs_unit_and_hash() -> None:
     for p in ALL.values():
-        assert p.needs == {Need.ADVANTAGES} and p.outputs == {Output.LOGPROBS}
+        assert p.needs - {Need.BEHAVIOR_LOGPROBS} == {Need.ADVANTAGES}
+        assert (Need.BEHAVIOR_LOGPROBS in p.needs) == p.corrects_for_sampler == bool(p.behavior_cap)
+        assert p.outputs == {Output.LOGPROBS}
         assert p.unit == ("episode" if p.ratio == "sequence" else "action")
         assert p.slots == ("main",) and hash(p) == hash(replace(p))
 
@@ -348,6 +364,13 @@ def test_presets_of_the_plugin_are_the_objectives_tested_here() -> None:
     ({"dual_clip": math.nan}, "dual_clip"),
     ({"surrogate": "reinforce", "ratio": "sequence"}, "no ratio"),
     ({"surrogate": "reinforce", "dual_clip": 3.0}, "no ratio"),
+    ({"surrogate": "cispo", "dual_clip": 3.0}, "no clip that dual_clip"),
+    ({"surrogate": "sapo", "dual_clip": 3.0}, "no clip that dual_clip"),
+    ({"cap": 0.9}, "cap is a ratio"),
+    ({"tau_positive": 0.0}, "tau_positive"),
+    ({"tau_negative": math.nan}, "tau_negative"),
+    ({"behavior_cap": 0.5}, "behavior_cap"),
+    ({"behavior_cap": math.nan}, "behavior_cap"),
     ({"denominator": "constant"}, "max_new_tokens"),
     ({"length": 8}, "denominator constant"),
     ({"slots": ()}, "slots"),

@@ -13,6 +13,7 @@ from typing import Any
 from posttrain.annotations import dotted
 from posttrain.comm import SingleProcess
 from posttrain.config import SHARED_CRITIC, Loaded
+from posttrain.constrained import Bound, limits_of
 from posttrain.errors import ConfigError, PluginError, PosttrainError, Problem
 from posttrain.layers import slots
 from posttrain.loss import KLTerm, Measured, Sum
@@ -36,8 +37,8 @@ from posttrain.rewards.pool import Pool
 from posttrain.schema import Settings
 from posttrain.shape import PROTOCOLS, misshapen
 from posttrain.state import RunState
-from posttrain.supervised import require_answers
-from posttrain.trainer import SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of, weighs
+from posttrain.supervised import PROVIDED, Mute, answers_of, require_answers
+from posttrain.trainer import KL_COST, SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of, weighs
 from posttrain.update import Trained
 
 _FOR_ESTIMATORS = frozenset({Need.VALUES, Need.ACTION_VALUES, Need.FINAL_SCORES, Need.GREEDY_REWARDS})
@@ -47,9 +48,21 @@ _ROWS_AT_A_TIME = 2**16
 
 
 def reward_columns(settings: Settings) -> tuple[str, ...]:
-    """The columns that are estimated one by one."""
+    """The columns of rewards that are estimated one by one."""
     several = settings.combiner is not None or settings.gradient_combiner is not None
-    return tuple(name for name, entry in settings.rewards.items() if not entry.bootstrap) if several else (SUM,)
+    return tuple(name for name, entry in settings.rewards.items()
+                 if not entry.bootstrap and entry.bound is None) if several else (SUM,)
+
+
+def estimated_columns(settings: Settings) -> tuple[str, ...]:
+    """The columns for which the estimator runs: rewards, then costs."""
+    return (*reward_columns(settings), *bounds_of(settings))
+
+
+def bounds_of(settings: Settings) -> dict[str, Bound]:
+    """The columns that are costs, and what is asked of them."""
+    costs = {name: entry.bound for name, entry in settings.rewards.items() if entry.bound is not None}
+    return costs | ({KL_COST: Bound(at_most=settings.kl.at_most)} if settings.kl.placement == "constraint" else {})
 
 
 def needs_of(settings: Settings) -> frozenset[Need]:
@@ -58,9 +71,9 @@ def needs_of(settings: Settings) -> frozenset[Need]:
     if settings.correction is not None:
         needs |= settings.correction.needs
     if settings.kl.placement != "none":
-        needs |= {Need.REF_LOGPROBS}
+        needs |= {Need.REF_LOGPROBS} | ({Need.LOGPROBS} if settings.reference_update.moves else set())
     recomputed = optimiser_steps(settings) > 1 and not ratio_to_sampler(settings)
-    if recomputed or settings.kl.placement == "reward" or sampling_of(settings).truncates:
+    if recomputed or settings.kl.placement in ("reward", "advantage", "constraint") or sampling_of(settings).truncates:
         needs |= {Need.LOGPROBS}
     if ratio_to_sampler(settings):
         needs |= {Need.BEHAVIOR_LOGPROBS}
@@ -99,11 +112,23 @@ def check(loaded: Loaded) -> None:
         problems.append(Problem(f"rewards.{SUM}: the sum of all rewards has that name; choose another"))
     if settings.loop == "rl":
         problems += _check_rl(loaded)
-    elif Need.ADVANTAGES in settings.objective.needs:
+    elif missing := settings.objective.needs - PROVIDED:
         problems.append(Problem(f"loop: supervised cannot train objective '{_name(loaded, 'objective')}', which needs "
-                                "advantages; choose objective: sft or loop: rl"))
+                                f"{', '.join(sorted(missing))}; choose objective: sft, dpo or bradley_terry, or "
+                                "loop: rl"))
+    if settings.loop == "supervised" and settings.reference_update.moves:
+        problems.append(Problem("reference_update moves the reference of a KL, which loop: supervised has not; leave "
+                                "it out"))
+    if scores_answers(settings) and settings.rewards:
+        problems.append(Problem(f"rewards: objective '{_name(loaded, 'objective')}' trains scores of given answers, "
+                                "and no model that writes answers to be rewarded; remove rewards"))
     if problems:
         raise ConfigError(problems, "the configuration does not fit together:" if len(problems) > 1 else "")
+
+
+def scores_answers(settings: Settings) -> bool:
+    """Whether what is trained is a model of values alone: a reward model."""
+    return settings.loop == "supervised" and Output.VALUES in settings.objective.outputs
 
 
 def _name(loaded: Loaded, key: str) -> str:
@@ -116,10 +141,11 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
         problems.append(Problem("rewards is empty; name at least one, for example rewards: {correct: exact_match}"))
     if Need.ADVANTAGES not in settings.objective.needs:
         problems.append(Problem(f"objective '{_name(loaded, 'objective')}' learns from given answers; "
-                                "use loop: supervised (recipe: sft)"))
+                                "use loop: supervised (recipe: sft, dpo or reward_model)"))
     problems += _check_critic(loaded)
     problems += _check_off_policy(loaded)
     problems += _check_final_scores(loaded)
+    problems += _check_constraint(loaded)
     if settings.combiner is not None and settings.gradient_combiner is not None:
         problems.append(Problem("combiner mixes advantages and gradient_combiner mixes gradients; choose one"))
     if settings.gradient_combiner is not None and "slots" not in {f.name for f in fields(settings.objective)}:
@@ -131,6 +157,12 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
                      for name, entry in settings.rewards.items() if entry.weight != 1]
     if len(reward_columns(settings)) > 1 and settings.kl.placement == "reward":
         problems.append(Problem("kl.placement: reward would be taken from every reward column; use placement: loss"))
+    if settings.gradient_combiner is not None and settings.kl.placement == "advantage":
+        problems.append(Problem("kl.placement: advantage would be taken from the advantages of every reward; use "
+                                "placement: loss"))
+    if settings.reference_update.moves and (settings.kl.placement == "none" or settings.reference is not None):
+        problems.append(Problem("reference_update moves the copy of the policy that the KL is taken to; set kl, and "
+                                "leave reference out"))
     if settings.stop.kl and settings.kl.placement == "none":
         problems.append(Problem("stop.kl ends the run by its KL to the reference, which kl: none does not measure; use "
                                 "kl: {use: fixed, coef: 0.0} to measure it alone"))
@@ -157,6 +189,7 @@ def _check_off_policy(loaded: Loaded) -> list[Problem]:
     if ratio_to_sampler(settings) and correction is not None:
         problems.append(Problem("update.old_logprobs: behavior corrects for the sampler in the ratio; a correction "
                                 "would do it twice"))
+    problems += _check_weighing_objective(loaded)
     if not weighs(settings.estimator):
         return problems
     if ratio_to_sampler(settings):
@@ -165,6 +198,24 @@ def _check_off_policy(loaded: Loaded) -> list[Problem]:
     if correction is not None and not (isinstance(correction, OffPolicy) and not correction.corrects_for_sampler):
         problems.append(Problem(f"estimator '{estimator}' corrects for the sampler in its advantages; correction "
                                 f"'{_name(loaded, 'correction')}' would do it twice: leave one of them out"))
+    return problems
+
+
+def _check_weighing_objective(loaded: Loaded) -> list[Problem]:
+    """An objective that weighs by pi_old / mu itself is the only part that does."""
+    settings, objective = loaded.settings, f"objective '{_name(loaded, 'objective')}'"
+    if not weighs(settings.objective):
+        return []
+    problems = []
+    if settings.update.old_logprobs == "behavior":
+        problems.append(Problem(f"update.old_logprobs: behavior takes the sampler for pi_old, and {objective} weighs "
+                                "by pi_old / mu, which would then be 1; leave old_logprobs out, or use ppo"))
+    if settings.correction is not None:
+        problems.append(Problem(f"{objective} weighs by the ratio to the sampler itself; correction "
+                                f"'{_name(loaded, 'correction')}' would do it twice: leave one of them out"))
+    if weighs(settings.estimator):
+        problems.append(Problem(f"{objective} and estimator '{_name(loaded, 'estimator')}' both weigh by the ratio to "
+                                "the sampler; take objective: ppo, or another estimator"))
     return problems
 
 
@@ -179,6 +230,31 @@ def _check_final_scores(loaded: Loaded) -> list[Problem]:
         return [Problem(f"rewards.{scoring[0]}.bootstrap: estimator '{estimator}' continues with no reward's score; "
                         "set estimator.bootstrap: score where it has that field, or leave it out")]
     return []
+
+
+def _check_constraint(loaded: Loaded) -> list[Problem]:
+    """A constraint is there exactly where a reward is a cost."""
+    settings, bounds = loaded.settings, bounds_of(loaded.settings)
+    name = next(iter(bounds), "")
+    if settings.constraint is None:
+        key = f"rewards.{name}" if name in settings.rewards else name
+        return [Problem(f"{key} has a limit, and nothing keeps it; set constraint: pid_lagrangian, or another "
+                        "(posttrain plugins constraint)")] if bounds else []
+    if not bounds:
+        return [Problem(f"constraint '{_name(loaded, 'constraint')}' has nothing to keep; give a reward at_most or "
+                        "at_least, as in rewards: {length: {use: length, at_most: 40}}")]
+    problems = []
+    if KL_COST in settings.rewards and settings.kl.placement == "constraint":
+        problems.append(Problem(f"rewards.{KL_COST}: the KL is a cost of that name; choose another"))
+    if all(entry.bootstrap or entry.bound is not None for entry in settings.rewards.values()):
+        problems.append(Problem("every reward is a cost, and none is left to be raised; name one without a limit"))
+    if settings.gradient_combiner is not None:
+        problems.append(Problem("constraint mixes advantages and gradient_combiner mixes gradients; use combiner"))
+    try:
+        settings.constraint.init(limits_of(bounds))
+    except (ConfigError, ValueError) as error:
+        problems.append(Problem(f"constraint: {error}"))
+    return problems
 
 
 def _check_critic(loaded: Loaded) -> list[Problem]:
@@ -256,7 +332,7 @@ def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
     with doing("reading the rows"):
         source = settings.task.load(tokenizer, settings.data)
     if settings.loop == "supervised":
-        require_answers(source)
+        require_answers(source, answers_of(settings.objective.needs))
     if settings.evaluate.every and not source.held_out():
         raise ConfigError(["evaluate.every asks for held-out rows, but the task holds none out; give task.held_out or "
                            "task.held_out_fraction, or set evaluate.every=0"])
@@ -265,7 +341,8 @@ def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
 
 def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:
     """What the policy's backend is asked for."""
-    heads = len(reward_columns(settings)) if settings.critic == SHARED_CRITIC else 0
+    shared = settings.critic == SHARED_CRITIC or scores_answers(settings)
+    heads = len(estimated_columns(settings)) if shared else 0
     of_actions = Need.ACTION_VALUES in settings.estimator.needs
     return LoadRequest(
         tokenizer.vocab_size, value_heads=0 if of_actions else heads, action_value_heads=heads if of_actions else 0,
@@ -288,6 +365,16 @@ def reward_workers(settings: Settings) -> Pool:
     return Pool(tuple(settings.rewards.values()), block.count, block.fork, settings.threads)
 
 
+def references_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> tuple[Scorer, Scorer | None]:
+    """The model that the KL is taken to, and where that one moves, the policy as it is before training."""
+    if not loaded.settings.reference_update.moves:
+        return reference_of(loaded, policy, request), None
+    with importing(loaded, "policy"):
+        moving: Scorer = loaded.settings.policy.load(replace(
+            request, value_heads=0, action_value_heads=0, optimization=None))
+    return moving, reference_of(loaded, policy, request)
+
+
 def reference_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> Scorer:
     """The model that the KL is taken to: the one that is given, else the policy before training. That is the policy
     itself without its adapter where it has one, and a second copy of its weights where all of them are trained."""
@@ -301,8 +388,9 @@ def reference_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> Score
 
 
 def require_logprobs(loaded: Loaded, policy: Scorer) -> None:
-    """Raise `ConfigError` where the loaded policy is a model of values alone, which some backends load as critics."""
-    if Output.LOGPROBS not in policy.provides:
+    """Raise `ConfigError` where the loaded policy is a model of values alone, which some backends load as critics and
+    as reward models."""
+    if Output.LOGPROBS not in policy.provides and not scores_answers(loaded.settings):
         raise ConfigError([f"policy: backend '{_name(loaded, 'policy')}' loaded a model that gives "
                            f"{', '.join(sorted(policy.provides))} and no log-probs; it can be a critic, not a policy"],
                           next_step="Name a causal language model under policy, and this one under critic.")
@@ -327,7 +415,7 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
     settings = loaded.settings
     tokenizer, source = opened or open_task(settings)
     needs = needs_of(settings) if settings.loop == "rl" else settings.objective.needs
-    columns = reward_columns(settings)
+    columns = estimated_columns(settings)
     request = policy_request(settings, tokenizer)
     with importing(loaded, "policy"):
         policy = settings.policy.load(request)
@@ -343,8 +431,9 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
                 request, value_heads=len(columns), optimization=optimization_of(settings, block)))
         trained.append(Trained(learner, Sum((settings.value_objective,)), prefix="critic/"))
         critic = learner
-    reference = reference_of(loaded, policy, request) if Need.REF_LOGPROBS in needs else None
-    engine, stale = settings.rollout.engine, settings.rollout.staleness > 0
+    reference, initial = references_of(loaded, policy, request) if Need.REF_LOGPROBS in needs else (None, None)
+    engine = settings.rollout.engine if Output.LOGPROBS in policy.provides else Mute()
+    stale = settings.rollout.staleness > 0
     with importing(loaded, "rollout.engine"):
         evaluator = engine.start(policy, tokenizer, shared=True)
         sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
@@ -352,11 +441,12 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
         with doing("checking that every prompt fits the policy"):
             check_prompts(evaluator, source, settings)
     return Parts(
-        tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
+        tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference, initial=initial,
         sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()),
         workers=workers, columns=columns, estimator=settings.estimator,
         correction=settings.correction, combiner=settings.combiner,
-        gradient_combiner=settings.gradient_combiner, kl=settings.kl, batching=settings.batching,
+        gradient_combiner=settings.gradient_combiner, bounds=bounds_of(settings), constraint=settings.constraint,
+        kl=settings.kl, batching=settings.batching,
         comm=request.comm, needs=needs,
         names={key: component.name for key, component in loaded.components.items()})
 
@@ -373,7 +463,9 @@ def check_prompts(sampler: Sampler, source: PromptSource, settings: Settings) ->
 
 def initial_state(parts: Parts, settings: Settings) -> RunState:
     """The state before the first step."""
+    rewards = reward_columns(settings)
     return RunState(
         budget=parts.batching.tokens, kl=parts.kl.init(),
-        combiner=None if parts.combiner is None else parts.combiner.init(parts.columns),
-        gradient_combiner=None if parts.gradient_combiner is None else parts.gradient_combiner.init(parts.columns))
+        combiner=None if parts.combiner is None else parts.combiner.init(rewards),
+        gradient_combiner=None if parts.gradient_combiner is None else parts.gradient_combiner.init(rewards),
+        constraint=None if parts.constraint is None else parts.constraint.init(limits_of(parts.bounds)))

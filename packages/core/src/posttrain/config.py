@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain import named
 from posttrain.annotations import Key, construct, dotted
+from posttrain.constrained import Bound
 from posttrain.errors import ConfigError, InputError, PluginError, Problem, did_you_mean
 from posttrain.hookspecs import IN_FILE, Component
 from posttrain.layers import (
@@ -36,7 +37,7 @@ from posttrain.layers import (
     slots,
     where,
 )
-from posttrain.protocols import RewardSource
+from posttrain.protocols import Need, RewardSource
 from posttrain.recipes import RECIPES
 from posttrain.registry import Registry, import_file
 from posttrain.rewards.calls import Origin
@@ -70,17 +71,34 @@ class RewardEntry:
     bootstrap: bool = False
     """It is no part of the sum: its score of a truncated episode is the value with which an estimator whose field
     `bootstrap` is `score` goes on."""
+    at_most: float | None = None
+    """It is a cost, no part of the sum: `constraint` keeps its mean from being larger."""
+    at_least: float | None = None
+    """It is a cost, no part of the sum: `constraint` keeps its mean from being smaller."""
     origin: Origin | None = None
     """Where a worker finds it; None where it was handed over from Python."""
 
+    @property
+    def bound(self) -> Bound | None:
+        """What is asked of a cost."""
+        limited = self.at_most is not None or self.at_least is not None
+        return Bound(self.at_most, self.at_least) if limited else None
+
     def __post_init__(self) -> None:
+        if self.at_most is not None and self.at_least is not None:
+            raise ValueError("at_most and at_least stand in one entry; a band is two entries of the same reward")
+        if self.bound is not None and (self.weight != 1 or self.bootstrap):
+            raise ValueError("at_most and at_least make it a cost, which has no weight and no bootstrap; leave those "
+                             "out, or name the reward twice")
+        if self.bound is not None and not math.isfinite(self.bound.limit):
+            raise ValueError(f"at_most and at_least must be finite, got {self.bound.limit}")
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be finite, got {self.weight}")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be positive and finite, got {self.timeout}")
 
 
-RULES = ("weight", "timeout", "on_error", "on_timeout", "bootstrap")
+RULES = ("weight", "timeout", "on_error", "on_timeout", "bootstrap", "at_most", "at_least")
 """Fields of a reward's entry that stand beside those of the reward itself."""
 WORKER_RULES = ("timeout", "on_timeout")
 """Those of them that mean something only where a reward is called in a worker."""
@@ -151,9 +169,11 @@ def to_yaml(loaded: Loaded, rows: Mapping[str, str] = MappingProxyType({})) -> s
 def derived(settings: Settings) -> tuple[tuple[str, str], ...]:
     """Sizes that follow from the settings, as (what, value) rows."""
     if settings.loop == "supervised":
-        return (("episodes per optimiser step", f"{settings.batch_size:,}"),
+        pairs = Need.PREFERRED in settings.objective.needs
+        episodes = settings.batch_size * (2 if pairs else 1)
+        return (("episodes per optimiser step", f"{episodes:,}" + f" ({settings.batch_size:,} pairs)" * pairs),
                 ("optimiser steps in all", f"{settings.steps:,}"),
-                ("episodes in all", f"{settings.steps * settings.batch_size:,}"))
+                ("episodes in all", f"{settings.steps * episodes:,}"))
     rollout, update = settings.rollout, settings.update
     fresh = rollout.prompts_per_step * rollout.group_size
     trained = fresh + settings.replay.reuse

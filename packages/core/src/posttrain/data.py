@@ -416,6 +416,8 @@ class MicroBatch:
     ref_logprobs: Array | None = None
     old_values: Array | None = None
     """[k, N]"""
+    preferred: Array | None = None
+    """[N] 1 for the actions of the answer that is preferred in its group, 0 for those of the other."""
     temperature: float = 1.0
     constants: Mapping[str, Array] = field(default_factory=dict)
     """Detached numbers of the whole optimiser step."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import checkpoint, config
-from posttrain.compose import importing, policy_request
+from posttrain.compose import importing, policy_request, scores_answers
 from posttrain.errors import InputError, Problem
 from posttrain.protocols import Tokenizer
 from posttrain.registry import Registry, discover
@@ -27,6 +27,7 @@ from posttrain.schema import Settings
 MODEL_CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 
 MEASURES = {"eval/reward/mean": "held-out reward", "reward/mean": "training reward", "eval/loss": "held-out loss",
+            "eval/preference/accuracy": "held-out pairs in the right order",
             "kl/reference": "KL to the reference, nats per token", "policy/entropy": "entropy, nats per token",
             "episode/length": "length of answers, tokens"}
 """Metrics of the card's table, where the run has them, and what they are called there."""
@@ -96,13 +97,16 @@ def card(run: history.History, loaded: config.Loaded, step: int, transformers: b
     settings, seed = run.settings, run.settings.get("seed", "0")
     method = settings.get("recipe", settings.get("loop", "rl"))
     base = _hub_name(settings.get("policy.model", ""))
-    front: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["posttrain", method]}
+    scores = scores_answers(loaded.settings)
+    front: dict[str, Any] = {"pipeline_tag": "text-classification" if scores else "text-generation",
+                             "tags": ["posttrain", method]}
     front |= {"library_name": "transformers"} if transformers else {}
     front |= {"base_model": base} if base else {}
     usage = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
              'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
              'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n') if transformers else (
              '# the model is code of its own: policy: {use: torch, file: ..., weights: FOLDER}\n')
+    use = "```yaml\nrewards: {judge: {use: reward_model, weights: FOLDER}}\n```" if scores else f"```python\n{usage}```"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}# license: yours to choose; mind that of the base model and of "
         "the data\n---",
@@ -110,7 +114,7 @@ def card(run: history.History, loaded: config.Loaded, step: int, transformers: b
         f"Trained with posttrain {run.manifest.get('posttrain', 'unknown')} by `{method}`, seed {seed}, "
         f"{step} of {settings.get('steps', 'unknown')} steps.",
         "## Results", _markdown(("measure", "first", "last"), _measures(run.curves, step)),
-        "## Use", f"```python\n{usage}```", *_stop(loaded.settings),
+        "## Use", use, *_stop(loaded.settings),
         "## Where it comes from", _markdown(("what", "which", "SHA-256 at export"), _origins(run, loaded, base)),
         "## Versions", _markdown(("what", "which"), [
             (key, value) for key, value in run.manifest.items()
@@ -145,7 +149,8 @@ def _write_settings(folder: Path, settings: Settings, tokenizer: Tokenizer) -> N
     described, sampled = _read(folder / MODEL_CONFIG), _read(folder / GENERATION)
     ids = special_ids(tokenizer)
     _write(folder / MODEL_CONFIG, {**described, **_absent(ids, described)})
-    _write(folder / GENERATION, {**sampled, **generation(settings), **_absent(ids, sampled)})
+    if not scores_answers(settings):
+        _write(folder / GENERATION, {**sampled, **generation(settings), **_absent(ids, sampled)})
 
 
 def _absent(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

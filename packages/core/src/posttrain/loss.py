@@ -15,20 +15,22 @@ from posttrain.batching import coarsest
 from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
 from posttrain.errors import ConfigError
 from posttrain.ops import Ops
-from posttrain.protocols import KL, Need, Objective, Output
+from posttrain.protocols import KL, Compared, Need, Objective, Output
 
 __all__ = ["SHARED"]
 """What authors of backends may import; the rest is for the loop."""
 
 SHARED = "shared"
+MAX_LOG_RATIO = 20.0
+"""A log-ratio counts as this one in `exp`, where a larger one would leave float32."""
 
 
 def k3(xp: Any, d: Array) -> Array:
     """e^d - 1 - d, never negative: KL(p || q) of actions drawn from p, d = log q - log p (Schulman 2020).
 
-    d is clamped at 20, where it would overflow; not below, where p is furthest above q and the gradient must go on.
+    d is clamped at `MAX_LOG_RATIO`; not below, where p is furthest above q and the gradient must go on.
     """
-    d = xp.clip(d, None, 20.0)
+    d = xp.clip(d, None, MAX_LOG_RATIO)
     return xp.expm1(d) - d
 
 
@@ -50,7 +52,11 @@ class NoKL:
     def placement(self) -> Literal["none"]:
         return "none"
 
-    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
+    @property
+    def unit(self) -> Literal["action"]:
+        return "action"
+
+    def divergence(self, ops: Ops, logprobs: Array, compared: Compared) -> Array:
         return ops.xp.zeros_like(logprobs)
 
     def init(self) -> NoKLState:
@@ -63,21 +69,31 @@ class NoKL:
 @final
 @dataclass(frozen=True, slots=True)
 class KLTerm:
-    """`coef["kl"] * sum(kl_weight * divergence)`, for a KL placed in the loss."""
+    """`coef["kl"] * sum(kl_weight * divergence)`, for a KL placed in the loss.
+
+    Metric: `kl/clamped`, the fraction of actions whose log-ratio is beyond what `exp` is given.
+    """
 
     kl: KL[Any]
     needs: frozenset[Need] = frozenset({Need.REF_LOGPROBS})
     outputs: frozenset[Output] = frozenset({Output.LOGPROBS})
-    unit: Literal["action", "episode", "group"] = "action"
     slots: tuple[str, ...] = (SHARED,)
+
+    @property
+    def unit(self) -> Literal["action", "episode", "group"]:
+        return self.kl.unit
 
     def weights(self, counts: Counts) -> Weights:
         return Weights()
 
     def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
-        divergence = self.kl.divergence(ops, out.logprobs, batch.ref_logprobs)
-        total = ops.xp.sum(batch.kl_weight * divergence)
-        return Loss({"kl": Term(total, coef["kl"], SHARED)})
+        xp = ops.xp
+        compared = Compared(batch.ref_logprobs, batch.episode, batch.count, batch.old_logprobs)
+        total = xp.sum(batch.kl_weight * self.kl.divergence(ops, out.logprobs, compared))
+        real = batch.kl_weight > 0
+        far = real & (xp.abs(batch.ref_logprobs - ops.stop_gradient(out.logprobs)) > MAX_LOG_RATIO)
+        metrics = {"kl/clamped": (xp.sum(xp.astype(far, total.dtype)), xp.sum(xp.astype(real, total.dtype)))}
+        return Loss({"kl": Term(total, coef["kl"], SHARED)}, metrics)
 
 
 @final

@@ -54,6 +54,8 @@ class Need(StrEnum):
     """Log-probs of the trainer before the update, pi_old."""
     BEHAVIOR_LOGPROBS = "behavior_logprobs"
     REF_LOGPROBS = "ref_logprobs"
+    PREFERRED = "preferred"
+    """Which of the two answers to a prompt is the better one."""
 
 
 class Output(StrEnum):
@@ -81,8 +83,8 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class OffPolicy(Protocol):
-    """What an estimator or a correction may be beside its kind: one that says whether it weighs the policy's loss by
-    pi_old / mu. A correction that does not say so is taken to weigh, an estimator is not."""
+    """What an estimator, a correction or an objective may be beside its kind: one that says whether it weighs the
+    policy's loss by pi_old / mu. A correction that does not say so is taken to weigh, the others are not."""
 
     @property
     def corrects_for_sampler(self) -> bool: ...
@@ -141,12 +143,30 @@ _C = TypeVar("_C", bound=ControllerState)
 _S = TypeVar("_S")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Compared:
+    """What a KL compares the policy's log-probs of N actions with, in E episodes. Arrays of one framework."""
+
+    ref_logprobs: Array
+    """[N]"""
+    episode: Array
+    """[N] the episode of each action, in 0 .. E-1."""
+    count: Array
+    """[E] actions of each episode, at least 1."""
+    old_logprobs: Array | None = None
+    """[N] of the policy that drew the actions (pi_old); absent means that it is the one which is compared."""
+
+
 class KL(Protocol[_C]):
     """An estimator of KL(policy || reference) per action, where it is applied, and the controller of its weight."""
 
     @property
-    def placement(self) -> Literal["none", "loss", "reward"]: ...
-    def divergence(self, ops: Ops, logprobs: Array, ref_logprobs: Array) -> Array:
+    def placement(self) -> Literal["none", "loss", "reward", "advantage", "constraint"]: ...
+    @property
+    def unit(self) -> Literal["action", "episode", "group"]:
+        """What must not be split for `divergence` to be right."""
+        ...
+    def divergence(self, ops: Ops, logprobs: Array, compared: Compared) -> Array:
         """[N] per action; differentiable in `logprobs`."""
         ...
     def init(self) -> _C: ...
@@ -155,11 +175,60 @@ class KL(Protocol[_C]):
         ...
 
 
-class Constraint(Protocol[_S]):
-    """Keeps measured costs under limits by multipliers."""
+@runtime_checkable
+class Restarting(Protocol):
+    """What a KL may be beside `KL`: one whose state remembers the KL to a reference, and has to forget it where the
+    reference moves."""
 
-    def init(self, limits: Mapping[str, float]) -> _S: ...
-    def update(self, state: _S, costs: Mapping[str, float]) -> _S: ...
+    def restarted(self, state: Any) -> Any:
+        """The state at its coefficient, without what belongs to the reference before."""
+        ...
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """What a KL placed in `constraint` is beside `KL`."""
+
+    @property
+    def at_most(self) -> float:
+        """Largest mean KL per action."""
+        ...
+
+
+class ConstraintState(Protocol):
+    """State of a constraint: a frozen dataclass of plain values, saved as JSON."""
+
+    @property
+    def multipliers(self) -> Mapping[str, float]:
+        """lambda >= 0 of each cost: the weight of its advantages beside those of the reward."""
+        ...
+    @property
+    def status(self) -> Mapping[str, str]:
+        """Where each cost stands: `feasible`, `converging`, `infeasible`."""
+        ...
+
+
+@runtime_checkable
+class Switching(Protocol):
+    """What the state of a constraint may be beside `ConstraintState`: one that leaves the reward out while a limit is
+    broken, as CRPO does. Advantages are (w A_R - sum_i lambda_i A_i) / (w + sum_i lambda_i) with w this weight; that of
+    a state which does not say is 1."""
+
+    @property
+    def reward_weight(self) -> float: ...
+
+
+_L = TypeVar("_L", bound=ConstraintState)
+
+
+class Constraint(Protocol[_L]):
+    """Keeps measured costs under limits by multipliers. A cost is to be at most its limit."""
+
+    def init(self, limits: Mapping[str, float]) -> _L: ...
+    def update(self, state: _L, costs: Mapping[str, float]) -> _L:
+        """The state after a rollout whose mean costs were `costs`; one that is absent or NaN was not measured, and
+        what is remembered of it is held."""
+        ...
 
 
 class Combiner(Protocol[_S]):
@@ -167,6 +236,17 @@ class Combiner(Protocol[_S]):
 
     def init(self, columns: Sequence[str]) -> _S: ...
     def combine(self, estimates: Mapping[str, Estimate], state: _S) -> Estimate: ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """What a combiner may be beside `Combiner`: one whose state follows the rewards."""
+
+    def update(self, state: Any, measured: Mapping[str, float]) -> Any:
+        """The state after a rollout whose mean of each reward column, over all ranks and the episodes to which it
+        applies, was `measured`; called once per rollout, before `combine`. A column that is absent or NaN was not
+        measured."""
+        ...
 
 
 class GradientCombiner(Protocol[_S]):

@@ -57,4 +57,12 @@ RECIPES: Mapping[str, Recipe] = {
         "supervised training on given answers",
         "negative log-likelihood, mean over the answers' tokens",
         {"loop": "supervised", "objective": "sft", "kl": "none"}),
+    "dpo": Recipe(
+        "supervised training on pairs: preferred answers made likelier than rejected ones, relative to the start",
+        "Rafailov et al. 2023, arXiv 2305.18290 (beta 0.1)",
+        {"loop": "supervised", "objective": "dpo", "kl": "none"}),
+    "reward_model": Recipe(
+        "supervised training on pairs: a score that is higher for preferred answers than for rejected ones",
+        "Bradley and Terry 1952, Biometrika 39; Ouyang et al. 2022, arXiv 2203.02155, section 3.5",
+        {"loop": "supervised", "objective": "bradley_terry", "kl": "none"}),
 }

@@ -180,6 +180,8 @@ def restore(run: Run, parts: Parts, saved: checkpoint.Checkpoint) -> None:
     for trained, name in zip(parts.trained, LEARNERS, strict=False):
         trained.learner.load_state(saved.arrays[name])
     run.state = state.from_files(saved.arrays, saved.values, run.state)
+    if run.state.reference is not None and parts.reference is not None:
+        parts.reference.load_params(run.state.reference.params.items(), run.state.reference.version)
     resynced(parts, run.settings, run.state)
 
 

@@ -161,6 +161,30 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class ReferenceSettings:
+    """Block `reference_update:` - a reference that moves after the policy. The KL to the policy before training is
+    then measured beside it (`kl/initial`), which takes one more copy of the weights and one more pass over a rollout;
+    the weights of the reference are part of every checkpoint."""
+
+    every: int = 0
+    """Move after every n iterations; 0 never by their number."""
+    kl_above: float = 0.0
+    """Move after an iteration whose KL to the reference per action was above this; 0 never."""
+    rate: float = 1.0
+    """reference <- rate * policy + (1 - rate) * reference; 1 resets it to the policy."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "every", "kl_above")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate lies in (0, 1], got {self.rate}; 1 resets the reference to the policy")
+
+    @property
+    def moves(self) -> bool:
+        """Whether the reference ever moves."""
+        return self.every > 0 or self.kl_above > 0
+
+
+@dataclass(frozen=True)
 class StopSettings:
     """Block `stop:` - what ends a run before its last step, evaluated and saved as after that."""
 
@@ -203,7 +227,8 @@ class Settings:
     """Named rewards. Beside `use:` or `file:` each has `weight: 1.0` in the sum, `timeout: 30.0` seconds for a call,
     and what becomes of a row: `on_error: fail` where it raises, `on_timeout: drop_sample` where it does not answer or
     its process dies; both take `fail`, `drop_sample`, `drop_group` or `zero`. `bootstrap: true` takes it out of the
-    sum: it scores the states in which truncated episodes end, for an estimator with `bootstrap: score`."""
+    sum: it scores the states in which truncated episodes end, for an estimator with `bootstrap: score`. `at_most` or
+    `at_least` makes it a cost, whose mean `constraint` keeps there, and takes it out of the sum, too."""
     reward_workers: RewardWorkerSettings = field(default_factory=RewardWorkerSettings)
     estimator: Any = part("estimator", "grpo")
     correction: Any = part("correction")
@@ -211,16 +236,20 @@ class Settings:
     """Runs the estimator once per reward column and mixes the advantages; absent: rewards are summed first."""
     gradient_combiner: Any = part("gradient_combiner")
     """Runs the estimator once per reward column and mixes the gradients: one backward pass and one gradient each."""
+    constraint: Any = part("constraint")
+    """Keeps rewards with `at_most` or `at_least` there: the estimator runs once for each of them, and their advantages
+    are mixed with those of the reward by multipliers."""
     objective: Any = part("objective", "grpo")
     value_objective: Any = part("objective", "value", beside="critic")
     """Loss of the critic."""
     kl: Any = part("kl", "none")
+    reference_update: ReferenceSettings = field(default_factory=ReferenceSettings)
     batching: Any = part("batching", "first_fit")
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
     batch_size: int = 64
-    """Episodes per optimiser step where `loop: supervised`."""
+    """Rows per optimiser step where `loop: supervised`: answers, or pairs of them."""
     optimizer: Optimization = field(default_factory=Optimization)
     critic_optimizer: Optimization | None = None
     """Of a separate critic; default: as `optimizer`."""

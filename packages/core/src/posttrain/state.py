@@ -36,9 +36,16 @@ class RunState:
     """State of the KL controller: a frozen dataclass of numbers."""
     combiner: Any = None
     gradient_combiner: Any = None
+    constraint: Any = None
     replay: Replay = field(default_factory=Replay)
+    reference: Snapshot | None = None
+    """Weights of a reference that has moved."""
     stale: tuple[Snapshot, ...] = ()
     """Weights of earlier iterations, oldest first, for a sampler that lags behind."""
+
+
+CONTROLLERS = ("kl", "combiner", "gradient_combiner", "constraint")
+"""Fields that hold the state of a component: a frozen dataclass of plain values, or None."""
 
 
 def to_files(state: RunState) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
@@ -46,17 +53,24 @@ def to_files(state: RunState) -> tuple[dict[str, dict[str, np.ndarray]], dict[st
     replayed, texts = replay_files.to_files(state.replay)
     arrays = {"replay": replayed} if replayed else {}
     arrays |= {f"stale-{i}": dict(s.params) for i, s in enumerate(state.stale)}
-    controllers = {name: asdict(value) for name in ("kl", "combiner", "gradient_combiner")
+    moved = state.reference
+    if moved is not None:
+        arrays["reference"] = dict(moved.params)
+    controllers = {name: asdict(value) for name in CONTROLLERS
                    if (value := getattr(state, name)) is not None}
     return arrays, {"state": {"step": state.step, "cursor": state.cursor, "budget": state.budget, **controllers,
-                              "stale_versions": [s.version for s in state.stale]}, "replay": texts}
+                              "stale_versions": [s.version for s in state.stale],
+                              "reference_version": None if moved is None else moved.version}, "replay": texts}
 
 
 def from_files(arrays: Mapping[str, Mapping[str, np.ndarray]], values: Mapping[str, Any], fresh: RunState) -> RunState:
     """The inverse of `to_files`; `fresh` tells the classes of the controllers' states."""
     stored = values["state"]
-    controllers = {name: type(initial)(**stored[name]) for name in ("kl", "combiner", "gradient_combiner")
+    controllers = {name: type(initial)(**stored[name]) for name in CONTROLLERS
                    if (initial := getattr(fresh, name)) is not None}
     stale = tuple(Snapshot(v, arrays[f"stale-{i}"]) for i, v in enumerate(stored["stale_versions"]))
-    return RunState(step=stored["step"], cursor=stored["cursor"], budget=stored["budget"], stale=stale,
-                    replay=replay_files.from_files(arrays.get("replay", {}), values["replay"]), **controllers)
+    version = stored.get("reference_version")
+    return RunState(
+        step=stored["step"], cursor=stored["cursor"], budget=stored["budget"], stale=stale,
+        reference=None if version is None else Snapshot(version, arrays["reference"]),
+        replay=replay_files.from_files(arrays.get("replay", {}), values["replay"]), **controllers)

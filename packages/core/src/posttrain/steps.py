@@ -14,6 +14,9 @@ import numpy as np
 
 from posttrain import answers
 from posttrain.batching import plan_by_group, smaller_budget
+from posttrain.comm import Comm
+from posttrain.constrained import Constrained, kept_by_any
+from posttrain.constrained import mixed as with_costs
 from posttrain.data import (
     FINISH,
     Episodes,
@@ -30,7 +33,7 @@ from posttrain.data import (
 from posttrain.errors import MemoryExhausted, RewardError
 from posttrain.loss import k3
 from posttrain.ops import ops_of
-from posttrain.protocols import KL, Batching, Combiner, Correction, Estimator, Need, Output, Scorer
+from posttrain.protocols import KL, Batching, Combiner, Compared, Correction, Estimator, Need, Output, Scorer
 
 ANY_REWARD = "any"
 """Column of a rollout whose rewards do not matter."""
@@ -46,6 +49,8 @@ class Annotations:
     """[N]"""
     ref_logprobs: np.ndarray | None = None
     """[N]"""
+    initial_logprobs: np.ndarray | None = None
+    """[N] of the policy before training, where the reference moves"""
     values: np.ndarray | None = None
     """[k, N]"""
     bootstrap_values: np.ndarray | None = None
@@ -144,33 +149,42 @@ def episodes_of(rollouts: Rollouts, column: str, notes: Annotations, row: int = 
 
 def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, columns: Sequence[str], *,
                correction: Correction | None = None, combiner: Combiner[Any] | None = None, combiner_state: Any = None,
-               names: Mapping[str, str] = MappingProxyType({}), penalty: np.ndarray | None = None) -> Signal:
-    """Run the estimator once per reward column, combine or stack, and correct for the sampler.
+               names: Mapping[str, str] = MappingProxyType({}), penalty: np.ndarray | None = None,
+               constrained: Constrained | None = None) -> Signal:
+    """Run the estimator once per column, combine or stack rewards, mix costs in, and correct for the sampler.
 
-    Several columns without a combiner give one row of advantages per column, for gradients to be combined.
-    `names` are what the configuration calls the components, by kind. Raises `PluginError` for a wrong answer of one.
+    Several columns without a combiner give one row of advantages per column, for gradients to be combined. Those of
+    `constrained` are costs; `penalty` is taken from rewards alone. `names` are what the configuration calls the
+    components, by kind. Raises `PluginError` for a wrong answer of one.
     """
+    bounds = {} if constrained is None else constrained.bounds
     estimates = {}
     who = answers.title("estimator", estimator, names)
     for row, column in enumerate(columns):
-        episodes, chosen = episodes_of(rollouts, column, notes, row if len(columns) > 1 else 0, penalty)
+        episodes, chosen = episodes_of(rollouts, column, notes, row if len(columns) > 1 else 0,
+                                       None if column in bounds else penalty)
         estimate = answers.estimate(who, answers.asked(who, estimator, (episodes,), "needs", episodes),
                                     episodes.n_episodes, len(chosen), _place(rollouts, chosen))
         estimates[column] = _on_all_actions(estimate, chosen, int(rollouts.is_action.sum()))
     targets = [e.targets for e in estimates.values() if e.targets is not None]
-    keep: np.ndarray = np.any(np.stack([to_numpy(e.keep) for e in estimates.values()]), axis=0)
+    keep = kept_by_any(estimates.values())
     metrics = Metrics()
     for column, estimate in estimates.items():
         metrics += estimate.metrics.prefixed(column) if len(columns) > 1 else estimate.metrics
+    rewards = {column: estimate for column, estimate in estimates.items() if column not in bounds}
     if combiner is not None:
         who, everything = answers.title("combiner", combiner, names), np.arange(len(keep))
-        mixed = answers.estimate(who, combiner.combine(estimates, combiner_state), rollouts.n_episodes, len(keep),
+        mixed = answers.estimate(who, combiner.combine(rewards, combiner_state), rollouts.n_episodes, len(keep),
                                  _place(rollouts, everything), indexable=False)
-        rows, metrics = mixed.advantages, metrics + mixed.metrics
-        keep = keep if mixed.keep is None else to_numpy(mixed.keep).copy()
+        mixed = replace(mixed, keep=kept_by_any(rewards.values()) if mixed.keep is None else mixed.keep)
+        metrics += mixed.metrics
     else:
-        stacked = np.stack([e.advantages for e in estimates.values()])
-        rows = stacked[0] if len(columns) == 1 else stacked
+        stacked = np.stack([e.advantages for e in rewards.values()])
+        mixed = Estimate(stacked[0] if len(rewards) == 1 else stacked, keep=kept_by_any(rewards.values()))
+    if constrained is not None:
+        mixed = with_costs(mixed, {column: estimates[column] for column in bounds}, bounds, constrained.state)
+        metrics += mixed.metrics
+    rows, keep = mixed.advantages, to_numpy(mixed.keep).copy()
     weight = np.ones(len(keep))
     if correction is not None:
         episodes, chosen = episodes_of(_without_rewards(rollouts, columns), ANY_REWARD, notes)
@@ -212,16 +226,26 @@ def _on_all_actions(estimate: Estimate, chosen: np.ndarray, n: int) -> Estimate:
         keep=spread(True if estimate.keep is None else to_numpy(estimate.keep), np.bool_))
 
 
-def kl_penalty(kl: KL[Any], coef: float, notes: Annotations) -> np.ndarray:
-    """[N] what a KL placed in the reward takes from each action."""
+def kl_penalty(kl: KL[Any], coef: float, rollouts: Rollouts, notes: Annotations) -> np.ndarray:
+    """[N] what a KL takes from the reward of each action, or from its advantage."""
     logprobs = np.asarray(notes.logprobs, np.float64)
-    divergence = kl.divergence(ops_of(logprobs), logprobs, np.asarray(notes.ref_logprobs, np.float64))
-    return coef * np.asarray(divergence)
+    compared = Compared(np.asarray(notes.ref_logprobs, np.float64), rollouts.action_episode,
+                        np.maximum(rollouts.episode_actions, 1))
+    return coef * np.asarray(kl.divergence(ops_of(logprobs), logprobs, compared))
 
 
-def measured_kl(notes: Annotations) -> Metric:
-    """KL(policy || reference) per action, by k3."""
-    d = np.asarray(notes.ref_logprobs, np.float64) - np.asarray(notes.logprobs, np.float64)
+def with_cost(rollouts: Rollouts, name: str, cost: np.ndarray) -> Rollouts:
+    """The rollouts with a column that holds the cost [N] of each action, for episodes to which some reward applies."""
+    column = np.zeros(len(rollouts.tokens))
+    column[rollouts.source] = cost
+    excluded: np.ndarray = np.all(list(rollouts.excluded.values()), axis=0)
+    return replace(rollouts, rewards={**rollouts.rewards, name: column},
+                   excluded={**rollouts.excluded, name: excluded})
+
+
+def measured_kl(logprobs: np.ndarray, other: np.ndarray) -> Metric:
+    """KL(policy || other) per action, by k3, from the log-probs [N] of both."""
+    d = np.asarray(other, np.float64) - np.asarray(logprobs, np.float64)
     return Metric(float(np.sum(k3(np, d))), len(d))
 
 
@@ -237,7 +261,7 @@ _OF_CRITIC: Mapping[Need, tuple[Output, ...]] = {
 
 def learnable(rollouts: Rollouts, columns: Sequence[str]) -> np.ndarray:
     """[E] whether an episode has an action and, in some of the columns, a reward that applies to it."""
-    applies = ~np.all([rollouts.excluded[column] for column in columns], axis=0)
+    applies = ~np.all([rollouts.excluded[column] for column in columns if column in rollouts.excluded], axis=0)
     mask: np.ndarray = applies & (rollouts.episode_actions > 0)
     return mask
 
@@ -286,6 +310,18 @@ def episode_rewards(rollouts: Rollouts, column: str) -> tuple[np.ndarray, np.nda
     token_episode = np.repeat(rollouts.episode, np.diff(rollouts.offsets))
     totals = np.bincount(token_episode, rollouts.rewards[column], minlength=rollouts.n_episodes)
     return totals, rollouts.excluded.get(column, np.zeros(rollouts.n_episodes, bool))
+
+
+def column_means(rollouts: Rollouts, columns: Sequence[str], comm: Comm) -> dict[str, float]:
+    """Mean of each column that was scored over the episodes of all ranks to which it applies; without those that apply
+    to none."""
+    found = {}
+    for column in [column for column in columns if column in rollouts.rewards]:
+        totals, excluded = episode_rewards(rollouts, column)
+        total, n = comm.sum(np.array([totals[~excluded].sum(), (~excluded).sum()]))
+        if n:
+            found[column] = float(total / n)
+    return found
 
 
 def described(rollouts: Rollouts, columns: Mapping[str, str]) -> Metrics:

@@ -15,19 +15,25 @@ from typing import Any
 
 import numpy as np
 
+from posttrain import reference
 from posttrain.comm import Comm
 from posttrain.config import RewardEntry
+from posttrain.constrained import INFEASIBLE, Bound, Constrained, costs_of
+from posttrain.constrained import described as described_costs
 from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.protocols import (
     KL,
     Batching,
     Combiner,
+    Constraint,
     Correction,
     Estimator,
     GradientCombiner,
     Learner,
+    Measuring,
     Need,
+    Objective,
     OffPolicy,
     Output,
     PromptSource,
@@ -43,6 +49,7 @@ from posttrain.state import RunState, Snapshot
 from posttrain.steps import (
     Annotations,
     advantages,
+    column_means,
     described,
     episode_rewards,
     final_scores,
@@ -55,6 +62,7 @@ from posttrain.steps import (
     sampler_gap,
     score,
     trusted,
+    with_cost,
 )
 from posttrain.timing import Phases
 from posttrain.update import Schedule, Trained, update
@@ -63,6 +71,8 @@ log = logging.getLogger(__name__)
 
 SUM = "reward"
 """The column that holds the weighted sum of all rewards."""
+KL_COST = "kl"
+"""The column that holds the KL of each action where it is a cost."""
 REFERENCE_KL = "kl/reference"
 """The metric that holds the mean KL to the reference per action."""
 
@@ -78,6 +88,8 @@ class Parts:
     critic: Scorer | None
     """What values are asked of; the policy itself where they share a trunk."""
     reference: Scorer | None
+    initial: Scorer | None
+    """The policy before training, where the reference moves."""
     sampler: Sampler
     evaluator: Sampler
     """Samples with the current weights; the sampler itself unless that one lags behind."""
@@ -85,7 +97,10 @@ class Parts:
     workers: Pool
     """Calls the rewards; whoever built the parts enters and leaves it."""
     columns: tuple[str, ...]
-    """Reward columns that are estimated: `("reward",)`, or every reward where columns are combined."""
+    """Columns that are estimated: `("reward",)`, or every reward where columns are combined; then the costs."""
+    bounds: Mapping[str, Bound]
+    """What is asked of the columns that are costs."""
+    constraint: Constraint[Any] | None
     estimator: Estimator
     correction: Correction | None
     combiner: Combiner[Any] | None
@@ -120,9 +135,17 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     rollouts, known = trusted(rollouts, notes)
     metrics += {"sampler/non_finite": Metric(float((~known).sum()), reduction="sum")}
     metrics += sampler_gap(rollouts, notes) + lag(rollouts, parts.policy.version)
-    penalty = kl_penalty(parts.kl, state.kl.coef, notes) if parts.kl.placement == "reward" else None
+    if parts.kl.placement == "constraint":
+        rollouts = with_cost(rollouts, KL_COST, kl_penalty(parts.kl, 1.0, rollouts, notes))
+    state, constrained, found = balanced(parts, state, fresh, notes)
+    metrics += found
+    taken = {parts.kl.placement: kl_penalty(parts.kl, state.kl.coef, rollouts, notes)
+             } if parts.kl.placement in ("reward", "advantage") else {}
     signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
-                        combiner=parts.combiner, combiner_state=state.combiner, names=parts.names, penalty=penalty)
+                        combiner=parts.combiner, combiner_state=state.combiner, names=parts.names,
+                        penalty=taken.get("reward"), constrained=constrained)
+    if "advantage" in taken:
+        signal = replace(signal, advantages=signal.advantages - taken["advantage"])
     if settings.update.non_finite_logprobs == "reject":
         signal = replace(signal, keep=signal.keep & known)
     coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef}
@@ -138,7 +161,8 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     state = replace(state, budget=budget, gradient_combiner=mixing, kl=next_kl(parts.kl, state.kl, metrics, rollouts))
     with phases("sync"):
         state = synced(parts, settings, state)
-    return state, metrics, fresh
+        state, moved = reference_moved(parts, settings, state, metrics)
+    return state, metrics + moved, fresh
 
 
 def gather(parts: Parts, settings: Settings, state: RunState, step: int,
@@ -215,6 +239,9 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
     if parts.reference is not None:
         out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
         notes = replace(notes, ref_logprobs=out.logprobs)
+    if parts.initial is not None:
+        out, budget = score(parts.initial, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
+        notes = replace(notes, initial_logprobs=out.logprobs)
     for entry in parts.rewards:
         if entry.bootstrap:
             notes = replace(notes, final_scores=final_scores(rollouts, entry.name, entry.weight, parts.columns))
@@ -231,13 +258,14 @@ def old_logprobs(settings: Settings, rollouts: Rollouts, notes: Annotations) -> 
 def ratio_to_sampler(settings: Settings) -> bool:
     """Whether the ratio is taken to the sampler's own log-probs."""
     off_policy = settings.rollout.staleness > 0 or settings.replay.capacity > 0
-    automatic = off_policy and settings.correction is None and not weighs(settings.estimator)
+    corrected = settings.correction is not None or weighs(settings.estimator) or weighs(settings.objective)
+    automatic = off_policy and not corrected
     return {"auto": automatic, "behavior": True, "recompute": False}[settings.update.old_logprobs]
 
 
-def weighs(estimator: Estimator) -> bool:
-    """Whether its advantages carry the ratio to the sampler already."""
-    return isinstance(estimator, OffPolicy) and estimator.corrects_for_sampler
+def weighs(part: Estimator | Objective) -> bool:
+    """Whether its advantages, or its loss, carry the ratio to the sampler already."""
+    return isinstance(part, OffPolicy) and part.corrects_for_sampler
 
 
 def optimiser_steps(settings: Settings) -> int:
@@ -256,7 +284,10 @@ def kl_metrics(kl: KL[Any], state: Any, notes: Annotations) -> Metrics:
     if kl.placement == "none":
         return Metrics()
     found = Metrics({"kl/coef": Metric(state.coef, reduction="last")})
-    return found + {REFERENCE_KL: measured_kl(notes)} if notes.logprobs is not None else found
+    for name, other in ((REFERENCE_KL, notes.ref_logprobs), ("kl/initial", notes.initial_logprobs)):
+        if notes.logprobs is not None and other is not None:
+            found += {name: measured_kl(notes.logprobs, other)}
+    return found
 
 
 def next_kl(kl: KL[Any], state: Any, metrics: Mapping[str, Metric], rollouts: Rollouts) -> Any:
@@ -266,6 +297,42 @@ def next_kl(kl: KL[Any], state: Any, metrics: Mapping[str, Metric], rollouts: Ro
     entropy = metrics.get("policy/entropy")
     return kl.update(state, kl=metrics[REFERENCE_KL].value, n=rollouts.n_episodes,
                      **({"entropy": entropy.value} if entropy else {}))
+
+
+def reference_moved(parts: Parts, settings: Settings, state: RunState,
+                    measured: Mapping[str, Metric]) -> tuple[RunState, Metrics]:
+    """The state after the reference moved, where it does; its controller starts anew at the same coefficient."""
+    how = settings.reference_update
+    if not how.moves or parts.reference is None:
+        return state, Metrics()
+    moves = reference.due(how, state.step, measured.get(REFERENCE_KL))
+    if moves:
+        held = reference.follow(parts.reference, state.reference, parts.policy, parts.policy.version, how.rate)
+        state = replace(state, reference=held, kl=reference.restarted(parts.kl, state.kl))
+    return state, Metrics({"kl/reference_moved": Metric(float(moves), reduction="sum")})
+
+
+def balanced(parts: Parts, state: RunState, fresh: Rollouts,
+             notes: Annotations) -> tuple[RunState, Constrained | None, Metrics]:
+    """The state after constraint and combiner saw the mean rewards and costs of the policy's own rollouts."""
+    means = column_means(fresh, parts.columns, parts.comm)
+    if KL_COST in parts.bounds and notes.logprobs is not None and notes.ref_logprobs is not None:
+        kl = measured_kl(notes.logprobs, notes.ref_logprobs)
+        total, n = parts.comm.sum(np.array([kl.total, kl.weight]))
+        means[KL_COST] = float(total / n)
+    mixing: object = parts.combiner
+    if isinstance(mixing, Measuring):
+        rewards = {name: mean for name, mean in means.items() if name not in parts.bounds}
+        state = replace(state, combiner=mixing.update(state.combiner, rewards))
+    if parts.constraint is None:
+        return state, None, Metrics()
+    before, now = state.constraint, parts.constraint.update(state.constraint, costs_of(means, parts.bounds))
+    for name in parts.bounds:
+        if now.status[name] == INFEASIBLE != before.status[name]:
+            log.warning("step %d: the limit of '%s' cannot be kept: it is still broken with its multiplier at the "
+                        "largest allowed, %.3g; raise the limit, or what constraint '%s' allows", state.step, name,
+                        now.multipliers[name], parts.names.get("constraint", type(parts.constraint).__name__))
+    return replace(state, constraint=now), Constrained(parts.bounds, now), described_costs(means, parts.bounds, now)
 
 
 def lag(rollouts: Rollouts, version: int) -> Metrics:

@@ -25,6 +25,15 @@ def log_ratio(ops: Ops, logprobs: Array, old_logprobs: Array | None) -> Array:
     return ops.xp.clip(logprobs - old, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+def behavior_weight(ops: Ops, logprobs: Array, old_logprobs: Array | None, behavior_logprobs: Array,
+                    cap: float) -> Array:
+    """[N] min(cap, pi_old / mu), detached: what decoupled PPO weighs an action by (Hilton et al. 2021,
+    arXiv 2110.00641, section 3, with a bound). mu wrote the action, pi_old is the policy before the update."""
+    old = ops.stop_gradient(logprobs if old_logprobs is None else old_logprobs)
+    d = log_ratio(ops, old, behavior_logprobs)
+    return ops.xp.clip(ops.xp.exp(d), None, cap)
+
+
 def token_ratio(ops: Ops, d: Array, logprobs: Array, batch: MicroBatch) -> Array:
     """[N] r_t = exp(d_t), the ratio of each action (Schulman et al. 2017, arXiv 1707.06347, section 3)."""
     return ops.xp.exp(d)

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from posttrain.constrained import Bound
 from posttrain.data import Metric, Metrics, Rollouts, offsets_of
 from posttrain.errors import RewardError, did_you_mean
 from posttrain.protocols import RewardSource
@@ -54,6 +55,10 @@ class Entry(Protocol):
     @property
     def bootstrap(self) -> bool:
         """Whether it scores the states in which truncated episodes end, and is no part of the sum."""
+        ...
+    @property
+    def bound(self) -> Bound | None:
+        """What is asked of a cost, which is no part of the sum."""
         ...
     @property
     def on_error(self) -> Rule: ...
@@ -120,7 +125,7 @@ def summed(rollouts: Rollouts, rewards: Sequence[Entry], column: str = "reward")
     """The rollouts with the weighted sum of the rewards in `column`, over the rewards that apply to each episode.
 
     An episode to which no reward of nonzero weight applies is excluded. A reward of weight 0 is only measured, one with
-    `bootstrap` is not part of it.
+    `bootstrap` or a bound is not part of it.
     """
     names = [entry.name for entry in rewards]
     if column in names and any(entry.name != column or entry.weight != 1 for entry in rewards):
@@ -128,7 +133,7 @@ def summed(rollouts: Rollouts, rewards: Sequence[Entry], column: str = "reward")
     token_episode = np.repeat(rollouts.episode, np.diff(rollouts.offsets))
     total, excluded = np.zeros(len(rollouts.tokens)), np.ones(rollouts.n_episodes, bool)
     for entry in rewards:
-        if entry.weight != 0 and not entry.bootstrap:
+        if entry.weight != 0 and not entry.bootstrap and entry.bound is None:
             out = rollouts.excluded.get(entry.name, np.zeros(rollouts.n_episodes, bool))
             total += np.where(out[token_episode], 0.0, entry.weight * rollouts.rewards[entry.name])
             excluded &= out

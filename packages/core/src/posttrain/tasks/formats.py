@@ -21,6 +21,9 @@ RESERVED = ("prompts", "completions", "completion_ids")
 COMPLETION = "completion"
 """Name under which `Prompt.extra` holds a given answer, whatever its column is called."""
 
+CHOSEN, REJECTED = "chosen", "rejected"
+"""Names under which `Prompt.extra` holds the better and the other answer, as texts."""
+
 ANSWER_IN_RL2 = "response"
 """Column of a given answer in RL2's rows, looked for where the configured one is absent."""
 
@@ -49,15 +52,20 @@ class Format:
     """What the columns of one file mean, found by looking at its rows."""
 
     prompt: str
-    """Column of the prompt."""
+    """Column of the prompt; empty: the conversations of a pair begin with it."""
     completion: str = ""
     """Column of the given answer; empty: none."""
     answered: bool = False
     """Conversations end with the assistant's answer, which is to be learned."""
     rl2: bool = False
     """`extra_info` holds further columns."""
+    pair: tuple[str, str] | None = None
+    """Columns of the preferred and of the rejected answer; None: none."""
 
     def __str__(self) -> str:
+        if self.pair:
+            prompts = f"prompts in '{self.prompt}'" if self.prompt else "prompts in the conversations"
+            return f"{prompts}, preferred answers in '{self.pair[0]}', rejected ones in '{self.pair[1]}'"
         answer = f", answers in '{self.completion}'" if self.completion else ", answers in the last message"
         style = "RL2 format (extra_info)" if self.rl2 else "TRL format"
         return f"{style}, prompts in '{self.prompt}'{answer if self.completion or self.answered else ''}"
@@ -80,6 +88,8 @@ class Keys:
     prompt: str = "prompt"
     messages: str = "messages"
     completion: str = "completion"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
 
 
 @final
@@ -89,17 +99,20 @@ class Census:
     def __init__(self, keys: Keys) -> None:
         self._asked = tuple(dict.fromkeys((keys.prompt, keys.messages)))
         self._answers = tuple(dict.fromkeys((keys.completion, ANSWER_IN_RL2)))
+        self._pair = (keys.chosen, keys.rejected)
         self._rows = 0
         self._present, self._answered, self._ends = Counter[str](), Counter[str](), Counter[str]()
+        self._whole = Counter[str]()
 
     def add(self, columns: Mapping[str, Any]) -> None:
         """One more row."""
         self._rows += 1
         for column in columns:
             self._present[column] += 1
-        for column in self._answers:
+        for column in {*self._answers, *self._pair}:
             if column in columns and _is_answer(columns[column]):
                 self._answered[column] += 1
+                self._whole[column] += not isinstance(columns[column], str) and len(columns[column]) > 1
         for column in self._asked:
             if column in columns and _last_role(columns[column]) == "assistant":
                 self._ends[column] += 1
@@ -108,13 +121,17 @@ class Census:
         """What the columns of file `name` mean, by what most of its rows hold. Raises `DataError` where no row has a
         prompt."""
         present, asked = self._present, max(self._asked, key=lambda column: self._present[column])
+        given = next((c for c in self._answers if 2 * self._answered[c] > present[c]), "")
+        paired = not given and all(2 * self._answered[c] > self._rows for c in self._pair)
+        if paired:
+            whole = not present[asked] or all(2 * self._whole[c] > self._rows for c in self._pair)
+            return Format("" if whole else asked, rl2=present["extra_info"] > 0, pair=self._pair)
         if self._rows and not present[asked]:
             found = sorted(present)
             hint = next(filter(None, (did_you_mean(column, found) for column in self._asked)), "")
             raise DataError([Problem(
                 f"no row has a column {' or '.join(map(repr, self._asked))}{hint}; the columns are "
                 f"{', '.join(found[:SHOWN]) or 'none'}: name one by task.prompt_key or task.messages_key", name)])
-        given = next((c for c in self._answers if 2 * self._answered[c] > present[c]), "")
         answered = not given and 2 * self._ends[asked] > present[asked]
         return Format(asked, given, answered, rl2=present["extra_info"] > 0)
 
@@ -132,12 +149,19 @@ def prompt_of(row: Row, number: int, form: Format) -> Prompt | Sequence[Problem]
     """The prompt of a row, or everything that is wrong with its columns."""
     wrong = [row.problem] if row.problem else []
     if not wrong:
-        asked = _asked(row.columns, form, wrong)
+        asked = _asked(row.columns, form, wrong) if form.prompt else _common_prompt(row.columns, form, wrong)
         extra = _extra(row.columns, form, wrong)
         if form.answered and isinstance(asked, tuple):
             extra[COMPLETION], asked = asked[-1]["content"], asked[:-1]
         elif form.completion:
             extra[COMPLETION] = _answer(row.columns, form.completion, wrong)
+        if form.pair:
+            before = len(wrong)
+            extra[CHOSEN], extra[REJECTED] = (_answer(row.columns, column, wrong, whole=not form.prompt)
+                                              for column in form.pair)
+            if len(wrong) == before and extra[CHOSEN] == extra[REJECTED]:
+                wrong.append(f"columns '{form.pair[0]}' and '{form.pair[1]}' hold the same answer; a preference is "
+                             "between two")
     if wrong:
         return [Problem(message, row.where) for message in wrong]
     text, messages = (asked, None) if isinstance(asked, str) else (None, asked)
@@ -173,6 +197,29 @@ def _asked(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> str | 
     else:
         wrong.append(f"column '{form.prompt}' is empty")
     return None
+
+
+def _common_prompt(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> tuple[Message, ...] | None:
+    """The messages before the answers of a pair of conversations, which must be the same."""
+    assert form.pair is not None
+    found, before = [], len(wrong)
+    for column in form.pair:
+        value = columns.get(column)
+        if column not in columns:
+            continue  # said where the answer is looked for
+        if not isinstance(value, list | tuple):
+            wrong.append(f"column '{column}' should be a conversation that ends with the answer, found "
+                         f"{kind_of(value)}; or give the prompt a column of its own (task.prompt_key)")
+        elif problem := _conversation_problem(value, answered=True):
+            wrong.append(f"column '{column}': {problem}")
+        else:
+            found.append(tuple({name: part for name, part in m.items() if part is not None} for m in value[:-1]))
+    if len(wrong) > before or not found:
+        return None
+    if found[0] != found[-1]:
+        wrong.append(f"the conversations in '{form.pair[0]}' and '{form.pair[1]}' differ before the answers; a pair "
+                     "answers one prompt")
+    return found[0]
 
 
 FOLLOWS: Mapping[str, frozenset[str]] = {
@@ -213,9 +260,12 @@ def _conversation_problem(messages: Sequence[Any], answered: bool) -> str:
     return ""
 
 
-def _answer(columns: Mapping[str, Any], column: str, wrong: list[str]) -> str:
-    """The given answer: text, or a list that holds the assistant's one message."""
+def _answer(columns: Mapping[str, Any], column: str, wrong: list[str], whole: bool = False) -> str:
+    """The given answer: text, or a list that holds the assistant's one message; the last message of a `whole`
+    conversation, whose problems are reported elsewhere."""
     value = columns.get(column)
+    if whole and column in columns:
+        return str(value[-1].get("content")) if value and _last_role(value) == "assistant" else ""
     if isinstance(value, list | tuple) and len(value) == 1 and _last_role(value) == "assistant":
         value = value[0].get("content")
     if isinstance(value, str) and value.strip():
@@ -244,20 +294,24 @@ def _extra(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> dict[s
 
 
 def _untokenizable(prompt: Prompt, form: Format, tokenizer: Tokenizer, longest: int) -> Iterator[str]:
-    """What the tokenizer cannot take of a prompt and its answer."""
+    """What the tokenizer cannot take of a prompt and its answers."""
+    asked = f"column '{form.prompt}'" if form.prompt else "the prompt"
     try:
         length = len(prompt_ids(prompt, tokenizer))
         if length == 0:
-            yield f"column '{form.prompt}' has no token"
+            yield f"{asked} has no token"
         if longest and length > longest:
-            yield f"column '{form.prompt}' has {length} tokens, more than data.max_prompt_tokens, {longest}"
+            yield f"{asked} has {length} tokens, more than data.max_prompt_tokens, {longest}"
     except (DataError, ValueError) as error:
-        yield f"column '{form.prompt}': {error}"
-    if COMPLETION in prompt.extra and (form.completion or form.answered):
+        yield f"{asked}: {error}"
+    answers = {COMPLETION: form.completion or form.prompt} if form.completion or form.answered else {}
+    if form.pair:
+        answers = dict(zip((CHOSEN, REJECTED), form.pair))
+    for name, column in answers.items():
         try:
-            tokenizer.encode(prompt.extra[COMPLETION])
+            tokenizer.encode(prompt.extra[name])
         except (DataError, ValueError) as error:
-            yield f"column '{form.completion or form.prompt}': {error}"
+            yield f"column '{column}': {error}"
 
 
 KINDS: Sequence[tuple[type | tuple[type, ...], str]] = (

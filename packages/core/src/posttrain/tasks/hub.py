@@ -57,6 +57,10 @@ class Hub:
     """Column of the conversation, where there is no prompt column."""
     completion_key: str = "completion"
     """Column of the answer, for supervised training."""
+    chosen_key: str = "chosen"
+    """Column of the preferred answer, for training on pairs."""
+    rejected_key: str = "rejected"
+    """Column of the other answer."""
     limit: int = 0
     """Read only this many of the rows to learn from; 0 reads all."""
     shuffle: bool = True
@@ -78,7 +82,7 @@ class Hub:
         revision = self._pinned()
         learn = self._table(library, self.split, revision, self.limit)
         held_out = self._table(library, self.held_out, revision) if self.held_out else None
-        keys = Keys(self.prompt_key, self.messages_key, self.completion_key)
+        keys = Keys(self.prompt_key, self.messages_key, self.completion_key, self.chosen_key, self.rejected_key)
         split = Split(self.held_out_fraction, self.split_seed)
         return load(learn, held_out, keys, split, self.shuffle, tokenizer, rules)
 

@@ -28,7 +28,8 @@ class Rows:
     both also with `.gz`, `.parquet`, and `.arrow`, `.feather` or `.ipc`. They may be larger than memory.
     A prompt is a text or a list of messages. All other columns reach the rewards as keyword arguments; those of an
     RL2 row's `extra_info` do, too, each under its own name. For supervised training an answer stands in `completion`
-    (or `response`), or is the last message of the conversation.
+    (or `response`), or is the last message of the conversation. For training on pairs the better answer stands in
+    `chosen` and the other in `rejected`: both as answers to the prompt, or both as whole conversations.
     """
 
     path: str = field(default="", metadata={"path": True})
@@ -49,6 +50,10 @@ class Rows:
     """Column of the conversation, where there is no prompt column."""
     completion_key: str = "completion"
     """Column of the answer, for supervised training."""
+    chosen_key: str = "chosen"
+    """Column of the preferred answer, for training on pairs."""
+    rejected_key: str = "rejected"
+    """Column of the other answer."""
     limit: int = 0
     """Read only this many of the rows to learn from; 0 reads all."""
     shuffle: bool = True
@@ -75,7 +80,7 @@ class Rows:
         held_out = (read(self.held_out) if self.held_out
                     else Table("held_out_rows", given_rows("held_out_rows", self.held_out_rows))
                     if self.held_out_rows else None)
-        keys = Keys(self.prompt_key, self.messages_key, self.completion_key)
+        keys = Keys(self.prompt_key, self.messages_key, self.completion_key, self.chosen_key, self.rejected_key)
         split = Split(self.held_out_fraction, self.split_seed)
         return load(learn, held_out, keys, split, self.shuffle, tokenizer, rules)
 

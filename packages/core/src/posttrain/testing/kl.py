@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from posttrain.data import Array, to_numpy
 from posttrain.ops import framework_of, ops_of
-from posttrain.protocols import KL
+from posttrain.protocols import KL, Compared
 from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
 from posttrain.testing.random_data import in_float64, installed_frameworks
 
@@ -28,8 +28,9 @@ UPDATES = 400
 class KLContract(ComponentContract):
     """Contract of KL components (`posttrain.protocols.KL`).
 
-    An author supplies `oracle`, and `target` where the controller adapts; `unbiased`, `non_negative` and `gradient` say
-    what the estimator is, and are tested both ways.
+    An author supplies `oracle`, and where the coefficient is no constant, `target` (a KL that it holds), `schedule` (it
+    is known beforehand) or `driven` (by something else that is measured); `unbiased`, `non_negative` and `gradient` say
+    what the estimator is, and are tested both ways. Each action is an episode of its own but where a test says more.
     """
 
     kind = "kl"
@@ -50,7 +51,15 @@ class KLContract(ComponentContract):
                     "def oracle(self, component, logprob, ref_logprob) -> float: ...", pytrace=False)
 
     def target(self, component: Any) -> float | None:
-        """The KL per action that the controller holds; None where the coefficient is constant."""
+        """The KL per action that the controller holds; None where the KL does not move the coefficient."""
+        return None
+
+    def schedule(self, component: Any, k: int) -> float | None:
+        """The coefficient after `k` rollouts, where that is known beforehand."""
+        return None
+
+    def driven(self, component: Any) -> tuple[Mapping[str, float], Mapping[str, float]] | None:
+        """Other measurements after which the coefficient is higher, and after which it is lower, where such move it."""
         return None
 
     # ---- the estimator
@@ -115,7 +124,7 @@ class KLContract(ComponentContract):
         for framework, make in installed_frameworks().items():
             with in_float64(framework):
                 x = make(logp)
-                found = component.divergence(ops_of(x), x, make(logq))
+                found = component.divergence(ops_of(x), x, one_action_each(make, make(logq)))
                 assert framework_of(found) == framework, f"in {framework} it is an array of {framework_of(found)}"
                 assert_close(to_numpy(found), expected, 1e-12, f"divergence in {framework} and NumPy differ")
 
@@ -156,23 +165,46 @@ class KLContract(ComponentContract):
         assert component.update(state, kl=0.3, n=EPISODES) == once, \
             f"{named(component)}.update remembers earlier calls: everything it knows belongs into the state"
 
+    def test_unit_is_what_it_needs_whole(self, component: KL[Any]) -> None:
+        """Two episodes of several actions, at once and apart, and with unit action, however actions are numbered."""
+        logp, logq = (np.concatenate([pair[i] for pair in distributions()[:2]]) for i in (0, 1))
+        def of(logp: np.ndarray, logq: np.ndarray, *lengths: int) -> np.ndarray:
+            compared = Compared(logq, np.repeat(np.arange(len(lengths)), lengths), np.array(lengths))
+            return np.asarray(component.divergence(ops_of(logp), logp, compared))
+        whole = of(logp, logq, 5, 5)
+        apart = np.concatenate([of(logp[:5], logq[:5], 5), of(logp[5:], logq[5:], 5)])
+        assert_close(whole, apart, 1e-12, "two episodes at once and one after the other differ")
+        if component.unit == "action":
+            assert_close(of(logp, logq, *[1] * 10), whole, 1e-12,
+                         f"{named(component)} says unit action, and its estimates change with the episode")
+
+    def test_no_old_logprobs_mean_the_policy_itself(self, component: KL[Any]) -> None:
+        """With one optimiser step per rollout they are not there: value and gradient as if the policy's were given."""
+        logp, logq = next(iter(distributions()))
+        for framework in ("numpy", *installed_frameworks()):
+            absent = _differentiated(component, framework, logp, logq)
+            given = _differentiated(component, framework, logp, logq, logp)
+            assert_close(given, absent, 1e-12, f"old_logprobs absent or equal to the policy's differ in {framework}")
+
     # ---- the controller
 
     def test_begins_with_a_usable_coefficient(self, component: KL[Any]) -> None:
         """Finite, not negative, and 0 exactly where no KL is used."""
         state = component.init()
-        assert component.placement in ("none", "loss", "reward"), f"placement is {component.placement!r}"
+        assert component.placement in ("none", "loss", "reward", "advantage", "constraint"), \
+            f"placement is {component.placement!r}"
         assert math.isfinite(state.coef) and state.coef >= 0, f"the first coefficient is {state.coef}"
         if component.placement == "none":
             assert state.coef == 0 and not divergence(component, np.zeros(2), -np.ones(2)).any(), \
                 "placement none adds nothing: a coefficient of 0, and a divergence of 0"
 
     def test_moves_the_coefficient_the_right_way(self, component: KL[Any]) -> None:
-        """Above the target the KL must cost more, below it less; a constant coefficient stays."""
+        """Above the target the KL must cost more, below it less; where there is none the KL moves nothing."""
         state, target = component.init(), self.target(component)
         if target is None:
+            still = state.coef if (later := self.schedule(component, 1)) is None else later
             for kl in (0.0, 0.01, 1.0, 1e6):
-                assert component.update(state, kl=kl, n=EPISODES).coef == state.coef, \
+                assert math.isclose(component.update(state, kl=kl, n=EPISODES).coef, still), \
                     f"the coefficient moves at a KL of {kl}: say which it holds: def target(self, component)"
             return
         above, at, below = (component.update(state, kl=kl, n=EPISODES).coef for kl in
@@ -181,6 +213,31 @@ class KLContract(ComponentContract):
             f"from {state.coef}: {above} after a KL above the target, which must rise, {below} after one below"
         assert math.isclose(at, state.coef), f"at its target the coefficient moves from {state.coef} to {at}"
         assert component.update(state, kl=1.5 * target, n=EPISODES).coef <= above, "more excess must not move it less"
+
+    def test_follows_its_schedule(self, component: KL[Any]) -> None:
+        """The coefficient after each of hundreds of rollouts, where the author says it is known."""
+        if self.schedule(component, 0) is None:
+            return
+        state = component.init()
+        for k in range(UPDATES):
+            expected = self.schedule(component, k)
+            assert expected is not None and math.isclose(state.coef, expected, rel_tol=1e-12, abs_tol=1e-15), \
+                f"after {k} rollouts the coefficient is {state.coef}, and its schedule {expected}"
+            state = component.update(state, kl=0.05, n=EPISODES)
+
+    def test_is_driven_by_what_its_author_names(self, component: KL[Any]) -> None:
+        """Other measurements move the coefficient, to a bound and back; without them it holds."""
+        if (driven := self.driven(component)) is None:
+            return
+        state = component.update(component.init(), kl=0.05, n=EPISODES)
+        assert state == component.init(), f"without its measurement the state goes from {component.init()} to {state}"
+        for measured in driven * 2:
+            before = state
+            for _ in range(UPDATES):
+                state = component.update(state, kl=0.05, n=EPISODES, **measured)
+                assert math.isfinite(state.coef) and state.coef >= 0, f"{measured} leads to {state.coef}"
+            assert (state.coef > before.coef) == (measured is driven[0]) and state.coef != before.coef, \
+                f"{UPDATES} rollouts with {measured} take the coefficient from {before.coef} to {state.coef}"
 
     def test_stays_bounded(self, component: KL[Any]) -> None:
         """Hundreds of rollouts with a KL of 0, of 1e30, or negative as estimates are: finite, not negative, and it
@@ -240,7 +297,13 @@ class KLContract(ComponentContract):
 
 def divergence(component: KL[Any], logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
     """[N] in NumPy."""
-    return np.asarray(component.divergence(ops_of(logprobs), logprobs, ref_logprobs))
+    return np.asarray(component.divergence(ops_of(logprobs), logprobs, one_action_each(np.asarray, ref_logprobs)))
+
+
+def one_action_each(make: Callable[[np.ndarray], Array], ref_logprobs: Array, old: Array | None = None) -> Compared:
+    """What a KL compares with, every action an episode of its own."""
+    N = ref_logprobs.shape[0]
+    return Compared(ref_logprobs, make(np.arange(N)), make(np.ones(N, int)), old)
 
 
 def distributions() -> Sequence[tuple[np.ndarray, np.ndarray]]:
@@ -252,28 +315,30 @@ def distributions() -> Sequence[tuple[np.ndarray, np.ndarray]]:
     return [(normalised(rng.normal(size=5)), normalised(rng.normal(size=5))) for _ in range(4)]
 
 
-def _differentiated(component: KL[Any], framework: str, logp: np.ndarray,
-                    logq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _differentiated(component: KL[Any], framework: str, logp: np.ndarray, logq: np.ndarray,
+                    old: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Divergence [N] and its derivative [N] in each log-prob; zeros where the framework does not differentiate."""
-    if framework == "numpy":
-        return divergence(component, logp, logq), np.zeros(len(logp))
-    make = installed_frameworks()[framework]
+    makers: Mapping[str, Callable[[np.ndarray], Array]] = {"numpy": np.asarray, **installed_frameworks()}
+    make = makers[framework]
     with in_float64(framework):
-        return _DERIVATIVE[framework](lambda x, q: component.divergence(ops_of(x), x, q), make(logp), make(logq))
+        compared = one_action_each(make, make(logq), None if old is None else make(old))
+        if framework == "numpy":
+            return np.asarray(component.divergence(ops_of(logp), logp, compared)), np.zeros(len(logp))
+        return _DERIVATIVE[framework](lambda x: component.divergence(ops_of(x), x, compared), make(logp))
 
 
-def _torch_derivative(f: Callable[[Array, Array], Array], x: Array, q: Array) -> tuple[np.ndarray, np.ndarray]:
+def _torch_derivative(f: Callable[[Array], Array], x: Array) -> tuple[np.ndarray, np.ndarray]:
     torch = import_module("torch")
-    k = f(x.requires_grad_(), q)
+    k = f(x.requires_grad_())
     slope = torch.autograd.grad(k.sum(), x)[0] if k.requires_grad else torch.zeros_like(x)
     return to_numpy(k), to_numpy(slope)
 
 
-def _jax_derivative(f: Callable[[Array, Array], Array], x: Array, q: Array) -> tuple[np.ndarray, np.ndarray]:
+def _jax_derivative(f: Callable[[Array], Array], x: Array) -> tuple[np.ndarray, np.ndarray]:
     jax = import_module("jax")
-    k, pull = jax.vjp(lambda x: f(x, q), x)
+    k, pull = jax.vjp(f, x)
     return np.asarray(k), np.asarray(pull(jax.numpy.ones_like(k))[0])
 
 
-_DERIVATIVE: dict[str, Callable[[Callable[[Array, Array], Array], Array, Array], tuple[np.ndarray, np.ndarray]]] = {
+_DERIVATIVE: Mapping[str, Callable[[Callable[[Array], Array], Array], tuple[np.ndarray, np.ndarray]]] = {
     "torch": _torch_derivative, "jax": _jax_derivative}

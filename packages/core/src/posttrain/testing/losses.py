@@ -34,7 +34,8 @@ COEF: Mapping[str, float] = {"kl": 0.1, "value": 0.7, "entropy": 0.3}
 """Coefficients as the loop gives them."""
 COLUMN: Mapping[Need, str] = {
     Need.ADVANTAGES: "advantages", Need.TARGETS: "targets", Need.LOGPROBS: "old_logprobs",
-    Need.BEHAVIOR_LOGPROBS: "behavior_logprobs", Need.REF_LOGPROBS: "ref_logprobs", Need.VALUES: "old_values"}
+    Need.BEHAVIOR_LOGPROBS: "behavior_logprobs", Need.REF_LOGPROBS: "ref_logprobs", Need.VALUES: "old_values",
+    Need.PREFERRED: "preferred"}
 """Field of `MicroBatch` that each need stands for."""
 OUTPUT: Mapping[Output, str] = {Output.LOGPROBS: "logprobs", Output.ENTROPY: "entropy", Output.VALUES: "values",
                                Output.ACTION_VALUES: "action_values"}
@@ -82,13 +83,21 @@ def step_of(seed: int, lengths: Sequence[int], group: Sequence[int], *, reject: 
     keep[rng.integers(N)] = True
     old = -rng.exponential(size=N)
     values = rng.normal(size=(k, N))
+    rollouts = _rollouts(rng, L, np.asarray(group, int))
     return Step(
-        _rollouts(rng, L, np.asarray(group, int)), keep, rng.uniform(0.5, 1.5, N),
+        rollouts, keep, rng.uniform(0.5, 1.5, N),
         {"advantages": rng.normal(size=N), "targets": values + rng.normal(size=(k, N)), "old_logprobs": old,
          "behavior_logprobs": old + 0.1 * rng.normal(size=N), "ref_logprobs": old + 0.5 * rng.normal(size=N),
-         "old_values": values + 0.4 * rng.normal(size=(k, N))},
+         "old_values": values + 0.4 * rng.normal(size=(k, N)), "preferred": _preferred(rollouts, seed)},
         {"logprobs": old + spread * rng.normal(size=N), "entropy": rng.exponential(size=N), "values": values,
          "action_values": rng.normal(size=(k, N))})
+
+
+def _preferred(rollouts: Rollouts, seed: int) -> np.ndarray:
+    """[N] 1 on the actions of one episode of each group: the first or the last one."""
+    group = rollouts.group
+    best = [np.flatnonzero(group == g)[0 if (seed + g) % 2 else -1] for g in np.unique(group)]
+    return np.isin(rollouts.action_episode, best).astype(np.float64)
 
 
 def _rollouts(rng: np.random.Generator, lengths: np.ndarray, group: np.ndarray) -> Rollouts:
@@ -156,7 +165,7 @@ def with_dummy(part: Part, actions: int) -> Part:
         "source": M + 1 + np.arange(actions), "episode": np.full(actions, len(b.count)),
         "group": np.array([np.max(b.group, initial=-1) + 1]), "count": np.array([actions]),
         "last": np.array([M + actions])}
-    columns = {name: np.full((*np.shape(column)[:-1], actions), 0.0 if name in WEIGHTS else -3.0)
+    columns = {name: np.full((*np.shape(column)[:-1], actions), 0.0 if name in (*WEIGHTS, "preferred") else -3.0)
                for name in (*COLUMN.values(), *WEIGHTS) if (column := getattr(b, name)) is not None}
     longer: dict[str, Any] = {name: np.concatenate([getattr(b, name), x], axis=-1)
                               for name, x in {**dummy, **columns}.items()}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from posttrain.data import Estimate, Metric, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.ops import framework_of
-from posttrain.protocols import Combiner, Constraint, GradientCombiner
+from posttrain.protocols import Combiner, Constraint, GradientCombiner, Measuring, Switching
 from posttrain.testing.contract import EXAMPLES, ComponentContract, assert_close, named
 from posttrain.testing.random_data import in_float64, installed_frameworks
 
@@ -159,6 +159,25 @@ class ConstraintContract(_WithState):
             states = [component.update(state, c) for state, c in zip(states, (costs, turned, costs))]
         first, *others = [dict(state.multipliers) for state in states]
         assert all(other == first for other in others), "multipliers depend on the order of the costs; go by name"
+
+    def test_a_weight_of_the_reward_goes_with_a_multiplier(self, component: Any) -> None:
+        """Where the state has a `reward_weight`: from 0 to 1, and never 0 while all multipliers are 0, which would
+        leave nothing to mix."""
+        state = self.started(component)
+        for factor in (0.5, 1.5, 3.0, 0.5):
+            state = component.update(state, self._costs(factor))
+            total = sum(state.multipliers.values())
+            weight = state.reward_weight if isinstance(state, Switching) else 1.0
+            assert 0 <= weight <= 1 and weight + total > 0, \
+                f"after costs of {factor} times their limits reward_weight is {weight} and the multipliers' sum {total}"
+
+    def test_a_cost_without_signal_holds_its_multiplier(self, component: Any) -> None:
+        """A rollout in which a cost was not measured says nothing of it."""
+        state = self._after(component, 1.5)
+        after = component.update(state, {})
+        assert dict(after.multipliers) == dict(state.multipliers), (
+            f"a rollout without costs moves the multipliers {dict(state.multipliers)} to {dict(after.multipliers)}; a "
+            "cost that is absent was not measured")
 
     def test_unknown_cost_is_refused_by_name(self, component: Any) -> None:
         """A misspelled cost is an error that names it, not a constraint without effect."""
@@ -338,6 +357,25 @@ class CombinerContract(ComponentContract):
             assert is_dataclass(state) and not isinstance(state, type), \
                 f"{named(component)}.init gives {type(state).__name__}; give a dataclass of plain values, or None"
             assert restored(component, state) == state, "the state came back from a checkpoint as another one"
+
+    def test_follows_what_is_measured(self, component: Any) -> None:
+        """Where it has an `update`: a new state that a checkpoint holds, the old one unchanged, and nothing moved by a
+        rollout without a measurement."""
+        if not isinstance(component, Measuring):
+            return
+        state = self.started(component)
+        for scale in (1.0, 0.5, -2.0):
+            measured = {c: scale * (i + 1.0) for i, c in enumerate(self.columns)}
+            before = json.dumps(asdict(state))
+            after = component.update(state, measured)
+            assert json.dumps(asdict(state)) == before, f"{named(component)} changed the state it was given"
+            assert component.update(state, dict(reversed(measured.items()))) == after, \
+                "the state depends on the order of the columns; go by name"
+            assert restored(component, after) == after, "the state came back from a checkpoint as another one"
+            assert component.update(after, {}) == after, "a rollout in which nothing was measured changes the state"
+            assert component.update(after, dict.fromkeys(self.columns, float("nan"))) == after, \
+                "a mean of NaN, which is one over no episode, changes the state"
+            state = after
 
     def test_equal_in_every_framework(self, component: Any) -> None:
         """float64 in NumPy, torch and JAX; the result is an array of the framework that came in."""

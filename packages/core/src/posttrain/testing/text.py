@@ -489,6 +489,7 @@ class _Entry:
     on_error: Rule = "fail"
     on_timeout: Rule = "fail"
     bootstrap: bool = False
+    bound: None = None
 
 
 def _rollouts(examples: Sequence[Example]) -> Rollouts:
