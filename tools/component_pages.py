@@ -55,6 +55,10 @@ FIELDS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 AROUND: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("objective", "action_value"): {
         "critic": "policy", "estimator": {"use": "retrace", "q": "q_head"}, "value_objective": "action_value"},
+    **{("constraint", name): {"constraint": name, "rewards": {
+        "correct": "exact_match", "length": {"use": "size", "unit": "tokens", "at_most": 40}}}
+       for name in ("augmented_lagrangian", "crpo", "lagrangian", "log_lagrangian", "p3o", "pid_lagrangian")},
+    ("kl", "constrained"): {"kl": {"use": "constrained", "at_most": 0.05}, "constraint": "pid_lagrangian"},
     ("objective", "entropy"): {"update": {"entropy_coef": 0.01}},
     ("objective", "value"): {"critic": "policy", "estimator": "gae", "value_objective": {"use": "value", "clip": 0.2}},
 }

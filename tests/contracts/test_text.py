@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from posttrain.rewards.code import Code
-from posttrain.rewards.rules import ExactMatch, Length, Regex
+from posttrain.rewards.rules import ExactMatch, Length, Regex, Size
 from posttrain.tasks.reasoning import ReasoningGym
 from posttrain.tasks.rows import Rows
 from posttrain.testing import Example, RewardContract, TaskContract, TokenizerContract
@@ -107,6 +107,13 @@ class TestWords(RewardContract):
 
     def examples(self, component: Length) -> Sequence[Example]:
         return Example("a b", 0.0), Example("a b  c", -0.25), Example("a " * 9, -1.0)
+
+
+class TestSize(RewardContract):
+    components = (Size(), Size("tokens"))
+
+    def examples(self, component: Size) -> Sequence[Example]:
+        return Example("ab", 2.0), Example("a b c", 5.0), Example("abcdefgh", 8.0)
 
 
 class TestCode(RewardContract):

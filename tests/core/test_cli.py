@@ -62,7 +62,14 @@ def test_plugins_lists_every_component_and_recipe(capsys: pytest.CaptureFixture[
         assert any(line.split()[:2] == [component.kind, component.name] for line in out.splitlines()), component
     assert all(any(line.split()[:2] == ["recipe", name] for line in out.splitlines()) for name in RECIPES)
     code, out, _ = called(capsys, "plugins", "kl")
-    assert [line.split()[:2] for line in out.splitlines()] == [["kl", "adaptive"], ["kl", "fixed"], ["kl", "none"]]
+    assert [line.split()[:2] for line in out.splitlines()] == [["kl", name] for name in (
+        "adaptive", "band", "constrained", "cosine", "dual", "entropy", "fixed", "linear", "none", "pi", "pid")]
+
+
+@first_party
+def test_a_command_of_a_package_is_one_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called(capsys, "pareto", "--help")
+    assert code == 0 and "Cover a Pareto front" in out
 
 
 @first_party

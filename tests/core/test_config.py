@@ -253,8 +253,8 @@ run: ${oc.env:NO_SUCH_VARIABLE}
 def test_every_problem_is_told_at_once_with_its_line(folder: Path, registry: Registry) -> None:
     found = problems(registry, WRONG, "rollout.top_k=many", "nonsense")
     assert found == [
-        "recipe 'grppo' not found; did you mean 'grpo'?  recipes: reinforce, grpo, dr_grpo, rloo, ppo, dapo, gspo, sft "
-        "(train.yaml:1)",
+        "recipe 'grppo' not found; did you mean 'grpo'?  recipes: reinforce, grpo, dr_grpo, rloo, ppo, dapo, gspo, "
+        "sft, dpo, reward_model (train.yaml:1)",
         "stepz is not a key; did you mean 'steps'? (train.yaml:2)",
         "loop must be one of 'rl', 'supervised', got True; YAML reads on, off, yes and no as true and false: quote the "
         "word (train.yaml:3)",
@@ -262,8 +262,8 @@ def test_every_problem_is_told_at_once_with_its_line(folder: Path, registry: Reg
         "rollout: temperature must be positive in training; evaluate.temperature may be 0 (greedy) (train.yaml:7)",
         "rollout.stop must be a list, got 'abc' (train.yaml:8)",
         "estimator.lamb is not a field of gae; did you mean 'lam'? (train.yaml:11)",
-        "kl 'fixd' not found; did you mean 'fixed' (posttrain-objectives 0.1.0)?  installed: adaptive, fixed, none  "
-        "all: posttrain plugins kl (train.yaml:12)",
+        "kl 'fixd' not found; did you mean 'fixed' (posttrain-objectives 0.1.0)?  installed: adaptive, band, "
+        "constrained, cosine, dual, entropy, fixed, linear, ...  all: posttrain plugins kl (train.yaml:12)",
         f"task.path: no such file: {folder / 'nope.jsonl'} (train.yaml:13)",
         "rewards.a.weight must be a number, got 'heavy' (train.yaml:15)",
         "rewards.b.file: rewards.py has no 'corect'; did you mean 'correct'? (train.yaml:16)",
@@ -569,7 +569,8 @@ def test_derived_sizes(folder: Path, registry: Registry) -> None:
 @first_party
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_whole(folder: Path, registry: Registry, recipe: str) -> None:
-    loaded = given(registry, f"recipe: {recipe}\ntask: {{use: rows, path: data.jsonl}}\nrewards: {{a: exact_match}}")
+    rewarded = "" if recipe == "reward_model" else "rewards: {a: exact_match}"
+    loaded = given(registry, f"recipe: {recipe}\ntask: {{use: rows, path: data.jsonl}}\n{rewarded}")
     for name, value in RECIPES[recipe].settings.items():
         if name in loaded.components:
             assert loaded.components[name].name == (value["use"] if isinstance(value, dict) else value)

@@ -200,3 +200,14 @@ def test_metrics_say_how_much_the_ceilings_cut(how: Any, ceilings: dict[str, flo
     assert got["ratio/max"] == pytest.approx(max(ratios))
     for name, ceiling in ceilings.items():
         assert got[f"ratio/over_{name}"] == pytest.approx(sum(x > ceiling for x in ratios) / 3)
+
+
+def test_what_has_no_weight_gets_no_advantage_from_whitening() -> None:
+    """The weight comes last: whitening takes a mean from all actions."""
+    e = Episodes.from_rows([[0.0], [0.0], [1.0], [0.0]], values=[[0.25]] * 4,
+                           logprobs=[[-40.0], [-40.0], [-1.0], [-1.0]], behavior_logprobs=[[-1.0]] * 4)
+    A = VTrace(whiten=True)(e).advantages
+    white = VTrace(whiten=True, weighted=False)(e).advantages
+    assert abs(A[:2]).max() < 1e-8 and abs(white[:2]).min() > 0.1
+    np.testing.assert_allclose(A[2:], white[2:])
+    assert white.mean() == pytest.approx(0.0, abs=1e-12)

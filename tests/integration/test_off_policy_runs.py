@@ -217,3 +217,15 @@ def test_a_correction_finds_values_only_beside_an_estimator_that_reads_them(tmp_
     with pytest.raises(ConfigError, match="correction 'of_values' needs values, which are there only for an estimator "
                                           "that reads them, and 'grpo' does not"):
         posttrain.train(config(tmp_path / "run", correction="of_values", plugins=[str(tmp_path / "of_values.py")]))
+
+
+@pytest.mark.parametrize(("changes", "warned"), [
+    ({"update": {"old_logprobs": "recompute"}}, True), ({}, False),
+    ({"update": {"old_logprobs": "recompute"}, "correction": "tis"}, False),
+    ({"update": {"old_logprobs": "recompute"}, "estimator": "clipped_is"}, False),
+    ({"update": {"old_logprobs": "recompute"}, "rollout": {"prompts_per_step": 4, "max_new_tokens": 4}}, False)])
+def test_old_answers_without_a_correction_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                        changes: dict[str, Any], warned: bool) -> None:
+    rollout = {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 4, "staleness": 1}
+    posttrain.train(config(tmp_path / "run", **{"rollout": rollout, "steps": 3, **changes}))
+    assert ("leaves that uncorrected; leave it out, or add correction: tis" in caplog.text) == warned

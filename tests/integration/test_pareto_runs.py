@@ -55,7 +55,7 @@ def written(folder: Path, changes: dict[str, Any] | None = None, /, **front: Any
 
 def pareto(*arguments: object) -> None:
     """The command as the command line calls it; errors are raised."""
-    from posttrain_objectives.pareto.command import pareto as command
+    from posttrain_objectives.command import pareto as command
 
     app = typer.Typer()
     app.command()(command)

@@ -13,8 +13,8 @@ start at nothing, and GRPO's group baseline needs none.
 
     python tools/bench/stale.py --plot docs/stale.png [--seeds 0 1 2] [--arms ...] [--staleness 8] [--set steps=60 ...]
 
-About 90 CPU seconds a run (`half, replay`: 170), one thread each, two runs side by side. The docs page is
-[docs/old_data.md](../../docs/old_data.md).
+About 80 CPU seconds a run (`half, replay`: 140), one thread each, two runs side by side. What was found is told in
+`docs/old_data.md`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ STALE = "rollout.staleness={age}"
 COMMON = ("kl=none", "threads=1", "checkpoint.every=0")
 """No KL to the warm start in any arm: its adaptive coefficient is steered by a KL that is measured on the sampler's
 answers, so it would differ between the arms and hide what the corrections do."""
-# of estimators with a critic: an answer that is cut off is wrong here and must not earn the value of its last state
 HALF = "rollout.prompts_per_step=32"
+
+VTRACE = ("estimator={use: vtrace, truncation: terminal}", "critic=policy")
+"""An answer that is cut off is wrong here, so it must not earn the critic's value of its last state."""
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "on policy": (),
@@ -55,7 +57,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "icepop": (STALE, "correction=icepop"),
     "ratio to sampler": (STALE, "update.old_logprobs=behavior"),
     "clipped_is": (STALE, "estimator=clipped_is"),
-    "vtrace": (STALE, "estimator={use: vtrace, truncation: terminal}", "critic=policy"),
+    "vtrace on policy": VTRACE,
+    "vtrace": (STALE, *VTRACE),
     "retrace q_head": (STALE, "estimator={use: retrace, q: q_head, truncation: terminal}", "critic=policy",
                        "value_objective=action_value", "correction=tis"),
     "half": (HALF,),
@@ -124,16 +127,18 @@ def train_all(jobs: int, tasks: Sequence[Task]) -> None:
 
 
 def table(curves: Mapping[str, Mapping[int, Curve]], seeds: Sequence[int]) -> str:
-    """Gains of every seed and their median, as a share of the first arm's on the same seeds."""
+    """Gains of every seed, their median, and each as a share of the first arm's gain on the same seed."""
     first = next(iter(curves))
-    head = ["arm", *(f"seed {seed}" for seed in seeds), "median gain", f"of {first}", "final accuracy", "fresh answers"]
+    head = ["arm", *(f"seed {seed}" for seed in seeds), "median gain", f"of {first}, by seed", "median accuracy",
+            "fresh answers"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for arm, found in curves.items():
         median = statistics.median(curve.gain for curve in found.values())
-        beside = statistics.median(curves[first][seed].gain for seed in found)
+        shares = [f"{curve.gain / whole:.0%}" if (whole := curves[first][seed].gain) > 0 else "none"
+                  for seed, curve in found.items() if seed in curves[first]]
         last = statistics.median(curve.accuracy[-1] for curve in found.values())
         gains = [f"{found[seed].gain:+.1f}" if seed in found else "not run" for seed in seeds]
-        lines.append(f"| {arm} | {' | '.join(gains)} | {median:+.1f} | {median / beside:.0%} | {last:.1f} % | "
+        lines.append(f"| {arm} | {' | '.join(gains)} | {median:+.1f} | {', '.join(shares)} | {last:.1f} % | "
                      f"{next(iter(found.values())).answers[-1]:,.0f} |")
     return "\n".join(lines)
 
@@ -141,7 +146,7 @@ def table(curves: Mapping[str, Mapping[int, Curve]], seeds: Sequence[int]) -> st
 PANELS: Mapping[str, Sequence[str]] = {
     "Without a critic": ("on policy", "uncorrected", "tis token", "tis sequence", "icepop", "ratio to sampler",
                          "clipped_is"),
-    "With a critic": ("on policy", "vtrace", "retrace q_head"),
+    "With a critic": ("on policy", "vtrace on policy", "vtrace", "retrace q_head"),
     "Replay": ("on policy", "half", "half, replay"),
 }
 
@@ -152,18 +157,19 @@ def draw(curves: Mapping[str, Mapping[int, Curve]], output: Path) -> None:
 
     panels = {title: [arm for arm in arms if arm in curves] for title, arms in PANELS.items()}
     figure = Figure(figsize=(15, 4.8), layout="constrained")
-    colors = {arm: f"C{i}" if i < 10 else "black" for i, arm in enumerate(ARMS)}
+    colors = {arm: f"C{i}" for arms in PANELS.values() for i, arm in enumerate(arms)}
     for number, (title, arms) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
         for arm in arms:
             found = list(curves[arm].values())
             x = found[0].answers if title == "Replay" else found[0].steps
-            for curve in found:
-                axes.plot(x, curve.accuracy, color=colors[arm], linewidth=0.7, alpha=0.35)
-            axes.plot(x, [statistics.median(points) for points in zip(*(c.accuracy for c in found), strict=True)],
-                      color=colors[arm], linewidth=2, label=arm)
+            gains = [[accuracy - curve.accuracy[0] for accuracy in curve.accuracy] for curve in found]
+            for gain in gains:
+                axes.plot(x, gain, color=colors[arm], linewidth=0.7, alpha=0.35)
+            axes.plot(x, [statistics.median(points) for points in zip(*gains, strict=True)], color=colors[arm],
+                      linewidth=2, label=f"{arm} ({len(gains)} seed{'s' * (len(gains) > 1)})")
         axes.set(title=title, xlabel="fresh answers" if title == "Replay" else "iteration",
-                 ylabel="greedy held-out accuracy, %")
+                 ylabel="gain of held-out accuracy, points")
         axes.grid(alpha=0.25)
         axes.legend(fontsize="small")
     figure.savefig(output, dpi=120)

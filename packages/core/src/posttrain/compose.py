@@ -5,6 +5,7 @@ Everything that can be wrong is found before any weight is loaded. Core's only r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
@@ -40,6 +41,8 @@ from posttrain.state import RunState
 from posttrain.supervised import PROVIDED, Mute, answers_of, require_answers
 from posttrain.trainer import KL_COST, SUM, Parts, optimiser_steps, ratio_to_sampler, sampling_of, weighs
 from posttrain.update import Trained
+
+log = logging.getLogger(__name__)
 
 _FOR_ESTIMATORS = frozenset({Need.VALUES, Need.ACTION_VALUES, Need.FINAL_SCORES, Need.GREEDY_REWARDS})
 """Columns that another part finds only where the estimator asks for them, too."""
@@ -219,6 +222,13 @@ def _check_weighing_objective(loaded: Loaded) -> list[Problem]:
     return problems
 
 
+def uncorrected(settings: Settings) -> bool:
+    """Whether stale or replayed answers are learned from as if the policy had just written them."""
+    old = settings.rollout.staleness > 0 or settings.replay.capacity > 0
+    weighed = settings.correction is not None or weighs(settings.estimator) or weighs(settings.objective)
+    return settings.loop == "rl" and old and not weighed and not ratio_to_sampler(settings)
+
+
 def _check_final_scores(loaded: Loaded) -> list[Problem]:
     """A reward scores the ends of truncated episodes exactly where the estimator asks for it."""
     settings, estimator = loaded.settings, _name(loaded, "estimator")
@@ -242,7 +252,7 @@ def _check_constraint(loaded: Loaded) -> list[Problem]:
                         "(posttrain plugins constraint)")] if bounds else []
     if not bounds:
         return [Problem(f"constraint '{_name(loaded, 'constraint')}' has nothing to keep; give a reward at_most or "
-                        "at_least, as in rewards: {length: {use: length, at_most: 40}}")]
+                        "at_least, as in rewards: {length: {use: size, at_most: 40}}")]
     problems = []
     if KL_COST in settings.rewards and settings.kl.placement == "constraint":
         problems.append(Problem(f"rewards.{KL_COST}: the KL is a cost of that name; choose another"))
@@ -413,6 +423,9 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
     """
     check(loaded)
     settings = loaded.settings
+    if uncorrected(settings):
+        log.warning("answers are older than the policy that learns from them, and update.old_logprobs: recompute "
+                    "leaves that uncorrected; leave it out, or add correction: tis")
     tokenizer, source = opened or open_task(settings)
     needs = needs_of(settings) if settings.loop == "rl" else settings.objective.needs
     columns = estimated_columns(settings)
@@ -441,8 +454,8 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
         with doing("checking that every prompt fits the policy"):
             check_prompts(evaluator, source, settings)
     return Parts(
-        tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference, initial=initial,
-        sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()),
+        tokenizer=tokenizer, source=source, trained=tuple(trained), critic=critic, reference=reference,
+        initial=initial, sampler=sampler, evaluator=evaluator, rewards=tuple(settings.rewards.values()),
         workers=workers, columns=columns, estimator=settings.estimator,
         correction=settings.correction, combiner=settings.combiner,
         gradient_combiner=settings.gradient_combiner, bounds=bounds_of(settings), constraint=settings.constraint,

@@ -23,6 +23,7 @@ def components() -> Iterable[Component]:
                     "the score that reasoning-gym's own rule gives", extra="reasoning-gym")
     yield Component("reward", "exact_match", "posttrain.rewards.rules:ExactMatch", "1 where the answer is the column's")
     yield Component("reward", "regex", "posttrain.rewards.rules:Regex", "1 where a pattern finds the answer")
+    yield Component("reward", "size", "posttrain.rewards.rules:Size", "characters, words or tokens of an answer")
     yield Component("reward", "length", "posttrain.rewards.rules:Length", "0 up to a soft limit, then falling to -1",
                     source="Yu et al. 2025, arXiv 2503.14476, equation 13")
     yield Component("reward", "math", "posttrain.rewards.math:Math", "1 where the answer equals the column's, as maths",

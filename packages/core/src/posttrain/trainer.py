@@ -143,7 +143,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
              } if parts.kl.placement in ("reward", "advantage") else {}
     signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
                         combiner=parts.combiner, combiner_state=state.combiner, names=parts.names,
-                        penalty=taken.get("reward"), constrained=constrained)
+                        constrained=constrained, penalty=taken.get("reward"))
     if "advantage" in taken:
         signal = replace(signal, advantages=signal.advantages - taken["advantage"])
     if settings.update.non_finite_logprobs == "reject":

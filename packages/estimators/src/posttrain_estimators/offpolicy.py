@@ -81,7 +81,7 @@ class VTrace:
     dead_zone: float = 0.0
     """A log-ratio of an action that is smaller counts as 0; 0 keeps all. For mismatch that is only numerical."""
     whiten: bool = False
-    """Standardise the advantages over the actions of the batch; never the targets."""
+    """Standardise the advantages over the actions of the batch, before rho weighs them; never the targets."""
     truncation: Truncation = "bootstrap"
     """Truncated episodes: `bootstrap` continues with the value of the state after the last action, `terminal` ends
     there, `mask` leaves the episode out of policy update, value update and whitening, `soft` ends there and takes the
@@ -128,7 +128,9 @@ class VTrace:
         errors = reverse_recurrence(self.gamma * self.lam * c, rho * delta, episodes.offsets)
         later = next_values(errors, xp.zeros_like(errors[:episodes.n_episodes]), episodes)
         A = delta + self.gamma * (1.0 if self.pg_bootstrap == "vs" else self.lam) * later
-        estimate = estimate_of(self, rho * A if self.weighted else A, v + errors, v, episodes)
+        estimate = estimate_of(self, A, v + errors, v, episodes)
+        if self.weighted:  # after whitening, whose mean would give an advantage to what has no weight
+            estimate = replace(estimate, advantages=rho * estimate.advantages)
         return with_ratios(estimate, ratio, rho_max=self.rho_max, c_max=self.c_max)
 
     def _leaky(self, ratio: Array, ceiling: float) -> Array:

@@ -25,7 +25,7 @@ def components() -> Iterable[Component]:
 @hookimpl
 def commands(app: Any) -> None:
     """`posttrain pareto`."""
-    from posttrain_objectives.pareto.command import pareto
+    from posttrain_objectives.command import pareto
 
     app.command("pareto")(pareto)
 

@@ -126,14 +126,42 @@ class Length:
     def __post_init__(self) -> None:
         if not 0 <= self.soft_limit < self.hard_limit:
             raise ValueError(f"limits must rise from 0: soft_limit {self.soft_limit}, hard_limit {self.hard_limit}")
-        if self.unit not in _LENGTH:
-            raise ValueError(f"unit is one of {', '.join(_LENGTH)}, got {self.unit!r}")
+        _require_unit(self.unit)
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        ids = column(columns, "completion_ids") if self.unit == "tokens" else [None] * len(completions)
         cache = self.hard_limit - self.soft_limit
-        lengths = [_LENGTH[self.unit](text, i) for text, i in zip(completions, ids, strict=True)]
-        return [min(0.0, max(-1.0, (self.soft_limit - n) / cache)) for n in lengths]
+        return [min(0.0, max(-1.0, (self.soft_limit - n) / cache)) for n in _lengths(self.unit, completions, columns)]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The length of an answer: a cost to keep below a limit, as in {use: size, unit: tokens, at_most: 40}.
+
+    >>> Size("words")(prompts=["", ""], completions=["two words", ""])
+    [2.0, 0.0]
+    """
+
+    unit: Literal["characters", "words", "tokens"] = "characters"
+    """What is counted; words are separated by white space, tokens are all that the policy chose."""
+
+    def __post_init__(self) -> None:
+        _require_unit(self.unit)
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        return [float(n) for n in _lengths(self.unit, completions, columns)]
+
+
+def _require_unit(unit: str) -> None:
+    """Raise `ValueError` for a unit of length that there is not."""
+    if unit not in _LENGTH:
+        raise ValueError(f"unit is one of {', '.join(_LENGTH)}, got {unit!r}")
+
+
+def _lengths(unit: str, completions: Sequence[str], columns: Mapping[str, Any]) -> list[int]:
+    """The length of each answer."""
+    ids = column(columns, "completion_ids") if unit == "tokens" else [None] * len(completions)
+    return [_LENGTH[unit](text, i) for text, i in zip(completions, ids, strict=True)]
 
 
 def column(columns: Mapping[str, Any], name: str) -> Any:

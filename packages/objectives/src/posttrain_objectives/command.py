@@ -1,5 +1,6 @@
-"""`posttrain pareto FILE`: covers a front, and writes its record, page and picture. Thin: the work is in `plan`,
-`covering` and `page`. Imported by the command line alone, since typer is known here.
+"""`posttrain pareto FILE`: covers a front, and writes its record, page and picture. Thin: the work is in `pareto/`
+(`plan`, `covering`, `page`), which is imported when the command runs. Imported by the command line alone, since typer
+is known here.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from typing import Annotated
 
 import typer
 from posttrain.errors import PluginError
-from posttrain.following import following
-from posttrain.rundir import replace_text
 
 
 def pareto(context: typer.Context,
@@ -21,6 +20,9 @@ def pareto(context: typer.Context,
            quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors only.")] = False
            ) -> None:
     """Cover a Pareto front: one run or soup for each trade-off between rewards; goes on where it was stopped."""
+    from posttrain.following import following
+    from posttrain.rundir import replace_text
+
     from posttrain_objectives.pareto import page
     from posttrain_objectives.pareto.covering import RECORD, Front, cover
     from posttrain_objectives.pareto.plan import read
