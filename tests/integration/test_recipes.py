@@ -260,6 +260,8 @@ def test_a_combiner_of_gradients_from_python(tmp_path: Path) -> None:
     assert run.state.gradient_combiner == Counted(6)
     for line in lines:
         assert line["combiner/digits"] > 0 < line["combiner/brevity"] and line["combiner/shared"] == 1
+        assert line["gradient/digits/norm"] > 0 < line["gradient/brevity/norm"]
+        assert -1 <= line["gradient/cosine/digits/brevity"] <= 1
 
 
 @dataclass(frozen=True)

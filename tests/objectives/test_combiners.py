@@ -34,8 +34,12 @@ def test_gdpo_of_rewards_that_were_normalised_by_group() -> None:
 
 def test_weights_are_logged_by_column() -> None:
     rule = WeightedSum(weights={"b": 0.5})
-    mixed = rule.combine({c: Estimate(np.zeros(3)) for c in "ab"}, rule.init(("a", "b")))
-    assert mixed.metrics.values_by_name() == {"combiner/a": 1.0, "combiner/b": 0.5}
+    columns = {"a": Estimate(np.array([2.0, -2.0, 0.0])), "b": Estimate(np.array([1.0, 1.0, -4.0]))}
+    assert rule.combine(columns, rule.init(("a", "b"))).metrics.values_by_name() == pytest.approx({
+        "combiner/a": 1.0, "combiner/b": 0.5, "combiner/a/share": 4 / 7, "combiner/b/share": 3 / 7})
+    nothing = {column: Estimate(np.zeros(3)) for column in "ab"}
+    shares = rule.combine(nothing, rule.init(("a", "b"))).metrics.values_by_name()
+    assert shares["combiner/a/share"] == shares["combiner/b/share"] == 0
 
 
 @pytest.mark.parametrize(("rule", "message"), [

@@ -126,6 +126,7 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             gramian = t.learner.gramian(t.objective.slots)
             mix = np.ones(len(gramian))  # where it is not finite the learner skips the step, and a solver would raise
             if np.isfinite(gramian).all():
+                metrics += of_gradients(t.objective.slots, gramian)
                 mix, combiner_state = combiner.weights(gramian, combiner_state)
             weights = {SHARED: 1.0, **dict(zip(t.objective.slots, mix.tolist(), strict=True))}
             metrics += {f"combiner/{slot}": Metric(w, reduction="last") for slot, w in weights.items()}
@@ -135,6 +136,23 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             raise Diverged(f"{error}\nrows of that step: {_rows(rollouts)}") from error
         metrics += Metrics({t.prefix + name: m for name, m in applied.items()})
     return metrics, budget, combiner_state
+
+
+def of_gradients(slots: Sequence[str], gramian: np.ndarray) -> Metrics:
+    """Norms of the slots' gradients before they are mixed, and the cosine of each two (0 where one of them is 0), from
+    their Gramian [m, m]: means over the optimiser steps of a rollout.
+
+    >>> found = of_gradients(("a", "b"), np.array([[4.0, -1.0], [-1.0, 1.0]])).values_by_name()
+    >>> found["gradient/a/norm"], found["gradient/b/norm"], found["gradient/cosine/a/b"]
+    (2.0, 1.0, -0.5)
+    """
+    norm = np.sqrt(np.maximum(np.diag(gramian), 0.0))
+    unit = norm + (norm == 0)
+    cosine = gramian / np.outer(unit, unit)
+    found = {f"gradient/{slot}/norm": norm[i] for i, slot in enumerate(slots)} | {
+        f"gradient/cosine/{a}/{b}": cosine[i, j]
+        for i, a in enumerate(slots) for j, b in enumerate(slots) if i < j}
+    return Metrics({name: Metric(float(x)) for name, x in found.items()})
 
 
 STOPPED = "update/stopped"

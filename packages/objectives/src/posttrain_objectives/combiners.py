@@ -195,14 +195,22 @@ SCALES: Mapping[Literal["none", "column"], Callable[[Array, np.ndarray], Array]]
 
 def weighted(estimates: Mapping[str, Estimate], weights: Mapping[str, float],
              scaled: Callable[[Array, np.ndarray], Array]) -> Estimate:
-    """The sum of columns, each scaled and times its weight. In the order of names, so that rounding has one too."""
-    total, metrics = 0.0, Metrics()
+    """The sum of columns, each scaled and times its weight. In the order of names, so that rounding has one too.
+
+    Metrics: `combiner/<column>`, the weight, and `combiner/<column>/share`, the column's part of all that is summed, by
+    absolute values.
+    """
+    total, parts = 0.0, dict[str, float]()
     for column, estimate in sorted(estimates.items()):
         keep = keeps(estimate)
         A = widen(estimate.advantages)
-        total = total + weights[column] * scaled(ops_of(A).xp.where(like(keep, A), A, 0.0), keep)
-        metrics += {f"combiner/{column}": Metric(weights[column], reduction="last")}
-    return Estimate(total, metrics=metrics)
+        xp = ops_of(A).xp
+        part = weights[column] * scaled(xp.where(like(keep, A), A, 0.0), keep)
+        total, parts[column] = total + part, float(xp.sum(xp.abs(part)))
+    everything = sum(parts.values()) or 1.0
+    metrics = {f"combiner/{column}": weights[column] for column in parts} | {
+        f"combiner/{column}/share": part / everything for column, part in parts.items()}
+    return Estimate(total, metrics=Metrics({name: Metric(x, reduction="last") for name, x in metrics.items()}))
 
 
 def known_columns(name: str, given: Mapping[str, float], columns: Sequence[str]) -> None:
