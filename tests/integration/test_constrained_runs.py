@@ -61,8 +61,8 @@ def test_a_limit_holds_against_the_reward(tmp_path: Path, bound: dict[str, float
     {"combiner": "sum", "rewards": {"correct": correct, "digits": wordy, "length": {"use": lengths, "at_most": 3.0}}},
     {"combiner": "tchebycheff", "rewards": {"correct": correct, "digits": wordy,
                                             "length": {"use": lengths, "at_most": 3.0}}},
-    {"constraint": "crpo"}, {"constraint": "augmented_lagrangian"}, {"constraint": "p3o"},
-], ids=["critic", "kl", "combiner", "moving weights", "crpo", "augmented", "p3o"])
+    *({"constraint": name} for name in ("pid_lagrangian", "log_lagrangian", "augmented_lagrangian", "crpo", "p3o")),
+], ids=["critic", "kl", "combiner", "moving weights", "pid", "log", "augmented", "crpo", "p3o"])
 def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     base = {"rewards": {"correct": correct, "length": {"use": lengths, "at_most": 3.0}}, "constraint": "lagrangian",
             **changes}

@@ -227,7 +227,8 @@ def _cards(cls: type, defaults: Mapping[str, Any], above: str = "",
 
 def _type(hint: Any) -> str:
     """An annotation as Python writes it, and what may be chosen where that does not say so."""
-    text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+([A-Z]\w*)", r"\1", inspect.formatannotation(hint))  # no modules in front
+    text = re.sub(r"""('[^']*'|"[^"]*")|\b(?:[A-Za-z_]\w*\.)+([A-Z]\w*)""",  # no modules in front, but of strings
+                  lambda found: found[1] or found[2], inspect.formatannotation(hint))
     chosen = isinstance(hint, type) and issubclass(hint, Enum)
     return f"{text}, one of {', '.join(map(_shown, hint))}" if chosen else text
 

@@ -22,6 +22,7 @@ from posttrain.progress import doing
 from posttrain.protocols import (
     Adapted,
     Learner,
+    Limited,
     LoadRequest,
     Need,
     Objective,
@@ -65,7 +66,9 @@ def estimated_columns(settings: Settings) -> tuple[str, ...]:
 def bounds_of(settings: Settings) -> dict[str, Bound]:
     """The columns that are costs, and what is asked of them."""
     costs = {name: entry.bound for name, entry in settings.rewards.items() if entry.bound is not None}
-    return costs | ({KL_COST: Bound(at_most=settings.kl.at_most)} if settings.kl.placement == "constraint" else {})
+    kl: object = settings.kl
+    limited = settings.kl.placement == "constraint" and isinstance(kl, Limited)
+    return costs | ({KL_COST: Bound(at_most=settings.kl.at_most)} if limited else {})
 
 
 def needs_of(settings: Settings) -> frozenset[Need]:
@@ -74,7 +77,9 @@ def needs_of(settings: Settings) -> frozenset[Need]:
     if settings.correction is not None:
         needs |= settings.correction.needs
     if settings.kl.placement != "none":
-        needs |= {Need.REF_LOGPROBS} | ({Need.LOGPROBS} if settings.reference_update.moves else set())
+        needs |= {Need.REF_LOGPROBS}
+        if settings.reference_update.moves or settings.replay.capacity > 0:  # measured apart from the loss
+            needs |= {Need.LOGPROBS}
     recomputed = optimiser_steps(settings) > 1 and not ratio_to_sampler(settings)
     if recomputed or settings.kl.placement in ("reward", "advantage", "constraint") or sampling_of(settings).truncates:
         needs |= {Need.LOGPROBS}
@@ -119,9 +124,12 @@ def check(loaded: Loaded) -> None:
         problems.append(Problem(f"loop: supervised cannot train objective '{_name(loaded, 'objective')}', which needs "
                                 f"{', '.join(sorted(missing))}; choose objective: sft, dpo or bradley_terry, or "
                                 "loop: rl"))
-    if settings.loop == "supervised" and settings.reference_update.moves:
-        problems.append(Problem("reference_update moves the reference of a KL, which loop: supervised has not; leave "
-                                "it out"))
+    if settings.loop == "supervised":
+        of_rl = {"reference_update": settings.reference_update.moves, "kl": settings.kl.placement != "none",
+                 "stop.kl": settings.stop.kl > 0, "update.max_kl": settings.update.max_kl > 0,
+                 "constraint": settings.constraint is not None or bool(bounds_of(settings))}
+        problems += [Problem(f"{key}: loop: supervised has no rollouts, so nothing reads it; leave it out")
+                     for key, given in of_rl.items() if given]
     if scores_answers(settings) and settings.rewards:
         problems.append(Problem(f"rewards: objective '{_name(loaded, 'objective')}' trains scores of given answers, "
                                 "and no model that writes answers to be rewarded; remove rewards"))
@@ -166,6 +174,9 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     if settings.reference_update.moves and (settings.kl.placement == "none" or settings.reference is not None):
         problems.append(Problem("reference_update moves the copy of the policy that the KL is taken to; set kl, and "
                                 "leave reference out"))
+    if settings.update.max_kl and ratio_to_sampler(settings):
+        problems.append(Problem("update.max_kl measures from the policy before the update, and the ratio is to the "
+                                "sampler, which is further away; add correction: tis, or leave max_kl out"))
     if settings.stop.kl and settings.kl.placement == "none":
         problems.append(Problem("stop.kl ends the run by its KL to the reference, which kl: none does not measure; use "
                                 "kl: {use: fixed, coef: 0.0} to measure it alone"))
@@ -233,6 +244,9 @@ def _check_final_scores(loaded: Loaded) -> list[Problem]:
     """A reward scores the ends of truncated episodes exactly where the estimator asks for it."""
     settings, estimator = loaded.settings, _name(loaded, "estimator")
     scoring = [name for name, entry in settings.rewards.items() if entry.bootstrap]
+    if scoring and len(estimated_columns(settings)) > 1:
+        return [Problem(f"rewards.{scoring[0]}.bootstrap: one score cannot continue the returns of several rewards and "
+                        "costs; use estimator.bootstrap: value, or a single reward")]
     if Need.FINAL_SCORES in settings.estimator.needs and len(scoring) != 1:
         return [Problem(f"estimator '{estimator}' continues truncated episodes with the score of one reward, and "
                         f"{len(scoring) or 'none'} of the rewards have bootstrap: true; give it to exactly one")]
@@ -254,6 +268,12 @@ def _check_constraint(loaded: Loaded) -> list[Problem]:
         return [Problem(f"constraint '{_name(loaded, 'constraint')}' has nothing to keep; give a reward at_most or "
                         "at_least, as in rewards: {length: {use: size, at_most: 40}}")]
     problems = []
+    if settings.kl.placement == "constraint" and KL_COST not in bounds:
+        problems.append(Problem(f"kl '{_name(loaded, 'kl')}' is placed in constraint and has no at_most, the largest "
+                                "mean KL per action; see posttrain.protocols.Limited"))
+    if settings.kl.placement == "constraint" and Need.GREEDY_REWARDS in settings.estimator.needs:
+        problems.append(Problem(f"estimator '{_name(loaded, 'estimator')}' compares with greedy answers, which have no "
+                                "KL; use kl: dual, or another estimator"))
     if KL_COST in settings.rewards and settings.kl.placement == "constraint":
         problems.append(Problem(f"rewards.{KL_COST}: the KL is a cost of that name; choose another"))
     if all(entry.bootstrap or entry.bound is not None for entry in settings.rewards.values()):
@@ -352,7 +372,7 @@ def open_task(settings: Settings) -> tuple[Tokenizer, PromptSource]:
 def policy_request(settings: Settings, tokenizer: Tokenizer) -> LoadRequest:
     """What the policy's backend is asked for."""
     shared = settings.critic == SHARED_CRITIC or scores_answers(settings)
-    heads = len(estimated_columns(settings)) if shared else 0
+    heads = 1 if scores_answers(settings) else len(estimated_columns(settings)) if shared else 0
     of_actions = Need.ACTION_VALUES in settings.estimator.needs
     return LoadRequest(
         tokenizer.vocab_size, value_heads=0 if of_actions else heads, action_value_heads=heads if of_actions else 0,
@@ -377,8 +397,12 @@ def reward_workers(settings: Settings) -> Pool:
 
 def references_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> tuple[Scorer, Scorer | None]:
     """The model that the KL is taken to, and where that one moves, the policy as it is before training."""
-    if not loaded.settings.reference_update.moves:
+    how = loaded.settings.reference_update
+    if not how.moves:
         return reference_of(loaded, policy, request), None
+    if how.rate < 1 and isinstance(policy, Adapted) and policy.base() is not None:
+        raise ConfigError(["reference_update.rate: a mean of two adapters' factors is no mean of what they do; use "
+                           "rate: 1, or train all weights"])
     with importing(loaded, "policy"):
         moving: Scorer = loaded.settings.policy.load(replace(
             request, value_heads=0, action_value_heads=0, optimization=None))
@@ -481,4 +505,5 @@ def initial_state(parts: Parts, settings: Settings) -> RunState:
         budget=parts.batching.tokens, kl=parts.kl.init(),
         combiner=None if parts.combiner is None else parts.combiner.init(rewards),
         gradient_combiner=None if parts.gradient_combiner is None else parts.gradient_combiner.init(rewards),
-        constraint=None if parts.constraint is None else parts.constraint.init(limits_of(parts.bounds)))
+        constraint=None if parts.constraint is None else parts.constraint.init(limits_of(parts.bounds)),
+        limits=limits_of(parts.bounds))

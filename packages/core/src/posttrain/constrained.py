@@ -94,8 +94,8 @@ def mixed(reward: Estimate, costs: Mapping[str, Estimate], bounds: Mapping[str, 
 
     `costs` are estimates of the columns as they were scored; all estimates stand on the same actions. Each is first
     standardised over the actions it keeps, so that multipliers have no unit; one without variance is 0 then. An action
-    counts 0 in a column that is without it, and is kept where some column keeps it. The division bounds the step
-    however large the multipliers are.
+    counts 0 in a column that is without it, and is kept where some column of positive weight keeps it. The division
+    bounds the step however large the multipliers are.
     """
     w, multipliers = reward_weight(state), {name: state.multipliers[name] for name in sorted(costs)}
     total = w * _standardised(reward)
@@ -103,7 +103,8 @@ def mixed(reward: Estimate, costs: Mapping[str, Estimate], bounds: Mapping[str, 
         total = total - multiplier * bounds[name].sign * _standardised(costs[name])
     size = w + sum(multipliers.values())
     shares = {f"constraint/{name}/share": Metric(x / size, reduction="last") for name, x in multipliers.items()}
-    return Estimate(total / size, keep=kept_by_any((reward, *costs.values())), metrics=Metrics(shares))
+    weighing = [reward] * (w > 0) + [costs[name] for name, multiplier in multipliers.items() if multiplier > 0]
+    return Estimate(total / size, keep=kept_by_any(weighing), metrics=Metrics(shares))
 
 
 def _standardised(estimate: Estimate) -> Array:

@@ -253,10 +253,15 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
         metrics, looked_at = assess(parts, settings, phases)
         files.append_samples(0, samples(looked_at, "held out", 8))
         record(metrics, time.perf_counter() - start)
+    if 0 < settings.stop.kl < run.state.ended_at_kl:
+        log.warning("the run ended at a KL to the reference of %.3g per action, above stop.kl %g; raise stop.kl to go "
+                    "on", run.state.ended_at_kl, settings.stop.kl)
+        return
     while run.state.step < settings.steps:
         start = time.perf_counter()
         run.state, metrics, rollouts = advance(parts, settings, run.state, phases)
         step, over = run.state.step, over_kl(settings, metrics)
+        run.state = replace(run.state, ended_at_kl=metrics[REFERENCE_KL].value if over else 0.0)
         last = over or step == settings.steps
         if run.loop == "rl":
             files.append_samples(step, samples(rollouts, "train", 2))
@@ -271,7 +276,7 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
         if stop.requested and not last:
             raise Interrupted(f"stopped by signal after step {step} of {settings.steps}; it is saved\n"
                               f"go on with: posttrain resume {run.directory}")
-        if over:
+        if over and step < settings.steps:
             log.warning("ended after step %d of %d: the KL to the reference is %.3g per action, above stop.kl %g; the "
                         "run is saved, and goes on by: posttrain resume %s stop.kl=0", step, settings.steps,
                         metrics[REFERENCE_KL].value, settings.stop.kl, run.directory)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from posttrain import replay as replay_files
+from posttrain.errors import ConfigError
 from posttrain.replay import Replay
 
 
@@ -37,6 +38,10 @@ class RunState:
     combiner: Any = None
     gradient_combiner: Any = None
     constraint: Any = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Of the costs, as the constraint's state was made for them."""
+    ended_at_kl: float = 0.0
+    """The KL to the reference at which the run was ended; 0 where it was not."""
     replay: Replay = field(default_factory=Replay)
     reference: Snapshot | None = None
     """Weights of a reference that has moved."""
@@ -59,18 +64,29 @@ def to_files(state: RunState) -> tuple[dict[str, dict[str, np.ndarray]], dict[st
     controllers = {name: asdict(value) for name in CONTROLLERS
                    if (value := getattr(state, name)) is not None}
     return arrays, {"state": {"step": state.step, "cursor": state.cursor, "budget": state.budget, **controllers,
+                              "limits": dict(state.limits), "ended_at_kl": state.ended_at_kl,
                               "stale_versions": [s.version for s in state.stale],
                               "reference_version": None if moved is None else moved.version}, "replay": texts}
 
 
 def from_files(arrays: Mapping[str, Mapping[str, np.ndarray]], values: Mapping[str, Any], fresh: RunState) -> RunState:
-    """The inverse of `to_files`; `fresh` tells the classes of the controllers' states."""
+    """The inverse of `to_files`; `fresh` tells the classes of the controllers' states. Raises `ConfigError` where the
+    configuration has costs or limits that the run did not have."""
     stored = values["state"]
+    if (limits := stored.get("limits", {})) != dict(fresh.limits):
+        raise ConfigError([f"limits of costs changed: the run has {_said(limits)}, the configuration "
+                           f"{_said(fresh.limits)} (at_least is negated)"], next_step=(
+            "Resume with the limits of the run, or start a new one from its weights: policy.weights=RUN/policy."))
     controllers = {name: type(initial)(**stored[name]) for name in CONTROLLERS
                    if (initial := getattr(fresh, name)) is not None}
     stale = tuple(Snapshot(v, arrays[f"stale-{i}"]) for i, v in enumerate(stored["stale_versions"]))
     version = stored.get("reference_version")
     return RunState(
-        step=stored["step"], cursor=stored["cursor"], budget=stored["budget"], stale=stale,
+        step=stored["step"], cursor=stored["cursor"], budget=stored["budget"], stale=stale, limits=limits,
+        ended_at_kl=stored.get("ended_at_kl", 0.0),
         reference=None if version is None else Snapshot(version, arrays["reference"]),
         replay=replay_files.from_files(arrays.get("replay", {}), values["replay"]), **controllers)
+
+
+def _said(limits: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {limit:g}" for name, limit in limits.items()) or "none"

@@ -14,9 +14,8 @@ import numpy as np
 
 from posttrain import answers
 from posttrain.batching import plan_by_group, smaller_budget
-from posttrain.comm import Comm
 from posttrain.constrained import Constrained, kept_by_any
-from posttrain.constrained import mixed as with_costs
+from posttrain.constrained import mixed as balanced_by
 from posttrain.data import (
     FINISH,
     Episodes,
@@ -165,7 +164,9 @@ def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, col
                                        None if column in bounds else penalty)
         estimate = answers.estimate(who, answers.asked(who, estimator, (episodes,), "needs", episodes),
                                     episodes.n_episodes, len(chosen), _place(rollouts, chosen))
-        estimates[column] = _on_all_actions(estimate, chosen, int(rollouts.is_action.sum()))
+        critic = notes.values if notes.values is not None else notes.action_values
+        now = np.zeros(int(rollouts.is_action.sum())) if critic is None else critic[row if len(columns) > 1 else 0]
+        estimates[column] = _on_all_actions(estimate, chosen, now)
     targets = [e.targets for e in estimates.values() if e.targets is not None]
     keep = kept_by_any(estimates.values())
     metrics = Metrics()
@@ -182,7 +183,7 @@ def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, col
         stacked = np.stack([e.advantages for e in rewards.values()])
         mixed = Estimate(stacked[0] if len(rewards) == 1 else stacked, keep=kept_by_any(rewards.values()))
     if constrained is not None:
-        mixed = with_costs(mixed, {column: estimates[column] for column in bounds}, bounds, constrained.state)
+        mixed = balanced_by(mixed, {column: estimates[column] for column in bounds}, bounds, constrained.state)
         metrics += mixed.metrics
     rows, keep = mixed.advantages, to_numpy(mixed.keep).copy()
     weight = np.ones(len(keep))
@@ -214,16 +215,19 @@ def _without_rewards(rollouts: Rollouts, columns: Sequence[str]) -> Rollouts:
     return replace(rollouts, rewards={ANY_REWARD: np.zeros(len(rollouts.tokens))}, excluded={ANY_REWARD: excluded})
 
 
-def _on_all_actions(estimate: Estimate, chosen: np.ndarray, n: int) -> Estimate:
-    """An estimate of some actions on the axis of all: the others get advantage 0 and are out."""
-    def spread(x: Any, dtype: type) -> np.ndarray:
-        full: np.ndarray = np.zeros(n, dtype)
+def _on_all_actions(estimate: Estimate, chosen: np.ndarray, values: np.ndarray) -> Estimate:
+    """An estimate of some actions on the axis of all: the others get advantage 0, what the critic says now as target,
+    and are out. Another column may keep them, and then the critic of this one has nothing to learn there."""
+    def spread(x: Any, others: np.ndarray) -> np.ndarray:
+        full = others.copy()
         full[chosen] = x
         return full
+    nothing = np.zeros(len(values))
     return replace(
-        estimate, advantages=spread(to_numpy(estimate.advantages), np.float64),
-        targets=None if estimate.targets is None else spread(to_numpy(estimate.targets), np.float64),
-        keep=spread(True if estimate.keep is None else to_numpy(estimate.keep), np.bool_))
+        estimate, advantages=spread(to_numpy(estimate.advantages), nothing),
+        targets=None if estimate.targets is None else spread(
+            to_numpy(estimate.targets), np.asarray(values, np.float64)),
+        keep=spread(True if estimate.keep is None else to_numpy(estimate.keep), nothing.astype(np.bool_)))
 
 
 def kl_penalty(kl: KL[Any], coef: float, rollouts: Rollouts, notes: Annotations) -> np.ndarray:
@@ -234,11 +238,12 @@ def kl_penalty(kl: KL[Any], coef: float, rollouts: Rollouts, notes: Annotations)
     return coef * np.asarray(kl.divergence(ops_of(logprobs), logprobs, compared))
 
 
-def with_cost(rollouts: Rollouts, name: str, cost: np.ndarray) -> Rollouts:
-    """The rollouts with a column that holds the cost [N] of each action, for episodes to which some reward applies."""
+def with_cost(rollouts: Rollouts, name: str, cost: np.ndarray, columns: Sequence[str]) -> Rollouts:
+    """The rollouts with a column that holds the cost [N] of each action above the mean of all: the gradient of a mean
+    per action, where a sum would make episodes short. It applies where some other of `columns` does."""
     column = np.zeros(len(rollouts.tokens))
-    column[rollouts.source] = cost
-    excluded: np.ndarray = np.all(list(rollouts.excluded.values()), axis=0)
+    column[rollouts.source] = cost - cost.mean()
+    excluded: np.ndarray = np.all([rollouts.excluded[c] for c in columns if c != name], axis=0)
     return replace(rollouts, rewards={**rollouts.rewards, name: column},
                    excluded={**rollouts.excluded, name: excluded})
 
@@ -310,18 +315,6 @@ def episode_rewards(rollouts: Rollouts, column: str) -> tuple[np.ndarray, np.nda
     token_episode = np.repeat(rollouts.episode, np.diff(rollouts.offsets))
     totals = np.bincount(token_episode, rollouts.rewards[column], minlength=rollouts.n_episodes)
     return totals, rollouts.excluded.get(column, np.zeros(rollouts.n_episodes, bool))
-
-
-def column_means(rollouts: Rollouts, columns: Sequence[str], comm: Comm) -> dict[str, float]:
-    """Mean of each column that was scored over the episodes of all ranks to which it applies; without those that apply
-    to none."""
-    found = {}
-    for column in [column for column in columns if column in rollouts.rewards]:
-        totals, excluded = episode_rewards(rollouts, column)
-        total, n = comm.sum(np.array([totals[~excluded].sum(), (~excluded).sum()]))
-        if n:
-            found[column] = float(total / n)
-    return found
 
 
 def described(rollouts: Rollouts, columns: Mapping[str, str]) -> Metrics:

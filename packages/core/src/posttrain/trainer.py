@@ -49,7 +49,6 @@ from posttrain.state import RunState, Snapshot
 from posttrain.steps import (
     Annotations,
     advantages,
-    column_means,
     described,
     episode_rewards,
     final_scores,
@@ -129,16 +128,19 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     if not learnable(rollouts, parts.columns).any():
         log.warning("step %d: no episode is left to learn from (all groups filtered, or no reward applies); no update "
                     "is made", step)
-        return state, metrics, fresh
+        state, _, found = balanced(parts, state, metrics, None)
+        state, moved = reference_moved(parts, settings, state, None)
+        return state, metrics + found + moved, fresh
     with phases("score"):
         notes, budget = annotate(parts, rollouts, state.budget)
     rollouts, known = trusted(rollouts, notes)
     metrics += {"sampler/non_finite": Metric(float((~known).sum()), reduction="sum")}
     metrics += sampler_gap(rollouts, notes) + lag(rollouts, parts.policy.version)
+    kl = kl_metrics(parts.kl, state.kl, notes, int(fresh.is_action.sum()))
     if parts.kl.placement == "constraint":
-        rollouts = with_cost(rollouts, KL_COST, kl_penalty(parts.kl, 1.0, rollouts, notes))
-    state, constrained, found = balanced(parts, state, fresh, notes)
-    metrics += found
+        rollouts = with_cost(rollouts, KL_COST, kl_penalty(parts.kl, 1.0, rollouts, notes), parts.columns)
+    state, constrained, found = balanced(parts, state, metrics, kl.get(REFERENCE_KL))
+    metrics += kl + found
     taken = {parts.kl.placement: kl_penalty(parts.kl, state.kl.coef, rollouts, notes)
              } if parts.kl.placement in ("reward", "advantage") else {}
     signal = advantages(rollouts, notes, parts.estimator, parts.columns, correction=parts.correction,
@@ -156,12 +158,11 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
             parts.trained, rollouts, signal, notes, old_logprobs(settings, rollouts, notes), coef, schedule,
             batching=parts.batching, budget=budget, comm=parts.comm, combiner=parts.gradient_combiner,
             combiner_state=state.gradient_combiner)
-    metrics += signal.metrics + updated
-    metrics += kl_metrics(parts.kl, state.kl, notes)
+    metrics += signal.metrics + Metrics({name: m for name, m in updated.items() if name not in kl})
     state = replace(state, budget=budget, gradient_combiner=mixing, kl=next_kl(parts.kl, state.kl, metrics, rollouts))
     with phases("sync"):
         state = synced(parts, settings, state)
-        state, moved = reference_moved(parts, settings, state, metrics)
+        state, moved = reference_moved(parts, settings, state, metrics.get(REFERENCE_KL))
     return state, metrics + moved, fresh
 
 
@@ -181,7 +182,8 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
         metrics += failures.prefixed("reward")
         metrics += described(rollouts, {SUM: "reward", **{r.name: f"reward/{r.name}" for r in parts.rewards}})
         if rollout.filter_zero_variance:
-            alive = has_variance(rollouts, SUM)
+            scored = [column for column in parts.columns if column in rollouts.rewards]
+            alive: np.ndarray = np.any([has_variance(rollouts, column) for column in scored], axis=0)
             dropped += int((~alive).sum()) // rollout.group_size
             rollouts = rollouts.select(np.flatnonzero(alive))
             wanted -= rollouts.n_episodes // rollout.group_size
@@ -279,14 +281,15 @@ def sampling_of(settings: Settings) -> Sampling:
     return Sampling(r.temperature, r.top_p, r.top_k, r.min_p, r.max_new_tokens, tuple(r.stop))
 
 
-def kl_metrics(kl: KL[Any], state: Any, notes: Annotations) -> Metrics:
-    """The coefficient that was used, and the KL where it was measured before the update."""
+def kl_metrics(kl: KL[Any], state: Any, notes: Annotations, own: int) -> Metrics:
+    """The coefficient that is used, and the KL where it was measured before the update, of the first `own` actions:
+    those of this iteration, before what is replayed."""
     if kl.placement == "none":
         return Metrics()
     found = Metrics({"kl/coef": Metric(state.coef, reduction="last")})
     for name, other in ((REFERENCE_KL, notes.ref_logprobs), ("kl/initial", notes.initial_logprobs)):
         if notes.logprobs is not None and other is not None:
-            found += {name: measured_kl(notes.logprobs, other)}
+            found += {name: measured_kl(notes.logprobs[:own], other[:own])}
     return found
 
 
@@ -300,26 +303,38 @@ def next_kl(kl: KL[Any], state: Any, metrics: Mapping[str, Metric], rollouts: Ro
 
 
 def reference_moved(parts: Parts, settings: Settings, state: RunState,
-                    measured: Mapping[str, Metric]) -> tuple[RunState, Metrics]:
-    """The state after the reference moved, where it does; its controller starts anew at the same coefficient."""
+                    kl: Metric | None) -> tuple[RunState, Metrics]:
+    """The state after the reference moved, where it does. Where it is reset, the controller forgets the KL to what it
+    was before."""
     how = settings.reference_update
     if not how.moves or parts.reference is None:
         return state, Metrics()
-    moves = reference.due(how, state.step, measured.get(REFERENCE_KL))
+    moves = reference.due(how, state.step, kl)
     if moves:
         held = reference.follow(parts.reference, state.reference, parts.policy, parts.policy.version, how.rate)
-        state = replace(state, reference=held, kl=reference.restarted(parts.kl, state.kl))
+        state = replace(state, reference=held)
+    if moves and how.rate == 1:
+        state = replace(state, kl=reference.restarted(parts.kl, state.kl))
     return state, Metrics({"kl/reference_moved": Metric(float(moves), reduction="sum")})
 
 
-def balanced(parts: Parts, state: RunState, fresh: Rollouts,
-             notes: Annotations) -> tuple[RunState, Constrained | None, Metrics]:
-    """The state after constraint and combiner saw the mean rewards and costs of the policy's own rollouts."""
-    means = column_means(fresh, parts.columns, parts.comm)
-    if KL_COST in parts.bounds and notes.logprobs is not None and notes.ref_logprobs is not None:
-        kl = measured_kl(notes.logprobs, notes.ref_logprobs)
-        total, n = parts.comm.sum(np.array([kl.total, kl.weight]))
-        means[KL_COST] = float(total / n)
+def column_means(parts: Parts, measured: Mapping[str, Metric], kl: Metric | None) -> dict[str, float]:
+    """Mean of each column over all answers of this iteration to which it applies, those of dropped groups among them,
+    on all ranks; without columns that apply to none. That of the KL is per action."""
+    found: dict[str, float] = {}
+    for column in parts.columns:
+        name = "reward/mean" if column == SUM else f"reward/{column}/mean"
+        metric = (kl if column == KL_COST else measured.get(name)) or Metric(0.0, 0.0)
+        total, n = parts.comm.sum(np.array([metric.total, metric.weight]))
+        if n:
+            found[column] = float(total / n)
+    return found
+
+
+def balanced(parts: Parts, state: RunState, measured: Mapping[str, Metric],
+             kl: Metric | None) -> tuple[RunState, Constrained | None, Metrics]:
+    """The state after constraint and combiner saw the mean rewards and costs of the policy's own answers."""
+    means = column_means(parts, measured, kl)
     mixing: object = parts.combiner
     if isinstance(mixing, Measuring):
         rewards = {name: mean for name, mean in means.items() if name not in parts.bounds}
