@@ -102,6 +102,14 @@ def test_an_action_is_out_where_every_column_is_without_it() -> None:
     assert found.advantages[4] == 0.0
 
 
+def test_a_column_without_weight_keeps_nothing() -> None:
+    """An idle cost must not count the actions that only it knows."""
+    keep = np.array([True, True, True, True, False])
+    reward, cost = Estimate(A_R, keep=keep), Estimate(A_C)
+    assert to_numpy(mixed(reward, {"length": cost}, LENGTH, Plain({"length": 0.0})).keep).tolist() == keep.tolist()
+    assert to_numpy(mixed(reward, {"length": cost}, LENGTH, Plain({"length": 0.1})).keep).all()
+
+
 def test_several_costs_in_any_order() -> None:
     bounds = {**LENGTH, "rate": Bound(at_most=0.02)}
     costs = {"length": Estimate(A_C), "rate": Estimate(np.array([0.0, 1.0, 0.0, 0.0, 1.0]))}

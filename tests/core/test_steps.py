@@ -21,6 +21,7 @@ from posttrain.steps import (
     has_variance,
     sampler_gap,
     score,
+    with_cost,
 )
 from ragged import three_episodes
 
@@ -205,3 +206,23 @@ def test_sampler_gap() -> None:
     gap = sampler_gap(r, Annotations(logprobs=r.behavior_logprobs + np.array([0, 0.5, 0, 0, 0, -1])))
     assert gap["sampler/gap"].value == pytest.approx(0.25) and gap["sampler/gap_max"].value == pytest.approx(1.0)
     assert len(sampler_gap(r, Annotations())) == 0
+
+
+def test_a_critic_has_nothing_to_learn_where_its_column_does_not_apply() -> None:
+    """Another column keeps the actions; the target of this one is then what the critic says already."""
+    r, values = two_columns(), np.arange(12.0).reshape(2, 6)
+    signal = advantages(r, Annotations(values=values), Returns(), ["r", "q"])
+    assert signal.targets is not None
+    out = r.excluded["r"][r.action_episode]
+    assert signal.targets[0][out].tolist() == values[0][out].tolist() and out.any()
+    assert signal.targets[0][~out].tolist() != values[0][~out].tolist()
+
+
+def test_the_kl_as_a_cost_counts_where_some_reward_does() -> None:
+    r, cost = two_columns(), np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.9])
+    r = replace(r, rewards={**r.rewards, "end": r.rewards["r"]},
+                excluded={**r.excluded, "end": np.zeros(3, bool), "q": r.excluded["r"]})
+    found = with_cost(r, "kl", cost, ("r", "q", "kl"))
+    assert found.excluded["kl"].tolist() == r.excluded["r"].tolist(), "not where a reward of ends alone applies"
+    placed = found.rewards["kl"][found.source]
+    assert placed == pytest.approx(cost - 0.4) and np.delete(found.rewards["kl"], found.source).tolist() == [0.0] * 6

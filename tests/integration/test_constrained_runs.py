@@ -89,6 +89,51 @@ def test_the_kl_is_a_cost_among_others(tmp_path: Path) -> None:
     assert max(column(held, "constraint/kl/multiplier")) > 0 == max(column(held, "constraint/length/multiplier"))
 
 
+def constant(completions: list[str], **columns: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def test_costs_are_measured_and_kept_where_no_reward_differs(tmp_path: Path) -> None:
+    """`filter_zero_variance` drops groups from which nothing is learned: neither the reward's nor a cost's."""
+    rollout = {**LONG["rollout"], "filter_zero_variance": True, "max_refills": 1}
+    run = posttrain.train(config(
+        tmp_path / "run", rewards={"same": constant, "length": {"use": lengths, "at_most": 1.0}}, steps=12,
+        constraint="lagrangian", rollout=rollout, kl="none"))
+    multiplier = column(run, "constraint/length/multiplier")
+    assert multiplier[:6] == sorted(multiplier[:6]) and multiplier[5] > multiplier[0] > 0
+    assert column(run, "constraint/length/mean")[-1] < 1.5 < column(run, "constraint/length/mean")[0]
+    assert column(run, "constraint/length/mean") == column(run, "reward/length/mean")
+    assert all("grad_norm" in row for row in records(run))
+
+
+def test_the_kl_of_a_constraint_is_that_of_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain import trainer
+
+    seen = []
+    def noted(kl: Any, state: Any, notes: Any, own: int) -> Any:
+        seen.append((len(notes.logprobs), own))
+        return real(kl, state, notes, own)
+    real = trainer.kl_metrics
+    monkeypatch.setattr(trainer, "kl_metrics", noted)
+    run = posttrain.train(config(
+        tmp_path / "run", kl={"use": "constrained", "at_most": 0.01}, constraint="lagrangian",
+        replay={"capacity": 32, "reuse": 16}))
+    assert all(own <= n for n, own in seen) and any(own < n for n, own in seen[1:])
+    assert column(run, "constraint/kl/mean") == column(run, "kl/reference")
+
+
+def test_limits_that_changed_are_told_before_a_run_goes_on(tmp_path: Path) -> None:
+    rewards = {"correct": "exact_match", "length": {"use": "size", "at_most": 3.0}}
+    run = posttrain.train(config(tmp_path / "run", rewards=rewards, constraint="lagrangian", steps=2,
+                                 optimizer={"lr": 1e-2}))
+    with pytest.raises(ConfigError, match="changed: the run has length: 3, the configuration length: 1"):
+        posttrain.resume(run.directory, ["rewards.length.at_most=1.0", "steps=3"])
+    free = posttrain.train(config(tmp_path / "free", rewards={"correct": "exact_match"}, steps=2,
+                                  optimizer={"lr": 1e-2}))
+    with pytest.raises(ConfigError, match="the run has none, the configuration length: 3"):
+        posttrain.resume(free.directory, ["rewards.length={use: size, at_most: 3.0}", "constraint=crpo", "steps=3"])
+
+
 COST = {"correct": correct, "length": {"use": lengths, "at_most": 3.0}}
 
 
@@ -96,6 +141,9 @@ COST = {"correct": correct, "length": {"use": lengths, "at_most": 3.0}}
     ({"kl": {"use": "constrained"}}, "^kl has a limit, and nothing keeps it; set constraint: pid_lagrangian"),
     ({"kl": {"use": "constrained"}, "constraint": "crpo", "rewards": {"kl": correct}},
      "rewards.kl: the KL is a cost of that name; choose another"),
+    ({"kl": {"use": "constrained"}, "constraint": "crpo", "estimator": "remax"}, "greedy answers, which have no KL"),
+    ({"rewards": {**COST, "end": {"use": lengths, "bootstrap": True}}, "constraint": "crpo", "critic": "policy",
+      "estimator": {"use": "gae", "bootstrap": "score"}}, "one score cannot continue the returns of several"),
     ({"rewards": COST}, "rewards.length has a limit, and nothing keeps it; set constraint: pid_lagrangian"),
     ({"constraint": "crpo"}, "constraint 'crpo' has nothing to keep; give a reward at_most or at_least"),
     ({"rewards": {"length": COST["length"]}, "constraint": "crpo"}, "every reward is a cost, and none is left"),

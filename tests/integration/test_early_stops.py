@@ -58,12 +58,20 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path: Path, caplo
     assert found[-1]["kl/reference"] > 0.02 >= max(row["kl/reference"] for row in found[1:-1])
     assert f"ended after step {run.state.step} of 40: the KL to the reference is" in caplog.text
     assert "eval/reward/mean" in found[-1] and (run.directory / "policy" / "model.safetensors").exists()
+    again = posttrain.resume(run.directory, [])
+    assert again.state.step == run.state.step and "the run ended at a KL to the reference" in caplog.text
     steps = run.state.step + 2
     assert posttrain.resume(run.directory, ["stop.kl=0", f"steps={steps}"]).state.step == steps
 
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"stop": {"kl": 0.1}, "kl": "none"}, "stop.kl ends the run by its KL to the reference, which kl: none"),
+    ({"update": {"max_kl": 0.1, "epochs": 2}, "rollout": {"prompts_per_step": 4, "max_new_tokens": 4, "staleness": 1}},
+     "update.max_kl measures from the policy before the update, and the ratio is to the sampler"),
+    *(({"recipe": "sft", "kl": "none", "rewards": {}, **more}, f"{key}: loop: supervised has no rollouts")
+      for key, more in (
+        ("stop.kl", {"stop": {"kl": 0.1}}), ("update.max_kl", {"update": {"max_kl": 0.1}}),
+        ("kl", {"kl": {"use": "fixed"}}), ("constraint", {"constraint": "crpo"}))),
     ({"update": {"max_kl": 0.1}}, "update.max_kl leaves out the rest of a rollout's optimiser steps, and there is one"),
     ({"update": {"max_kl": -0.1}}, "max_kl must not be negative, got -0.1"),
     ({"stop": {"kl": float("inf")}}, "kl must not be negative, got inf"),

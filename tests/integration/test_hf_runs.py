@@ -132,3 +132,6 @@ def test_the_reference_of_an_adapter_moves_too(base, tmp_path):
     kl, initial = ([row[name] for row in metrics(run)] for name in ("kl/reference", "kl/initial"))
     assert kl[1] == pytest.approx(initial[1], rel=1e-3, abs=1e-7) and initial[1] > 0
     assert abs(kl[2]) < 1e-9 < initial[2]
+    with pytest.raises(posttrain.errors.ConfigError, match="a mean of two adapters' factors is no mean"):
+        posttrain.train({**settings(base, tmp_path / "soft", adapter=LORA), "kl": {"use": "fixed"},
+                         "reference_update": {"every": 2, "rate": 0.5}}, output="quiet")

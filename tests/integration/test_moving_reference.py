@@ -94,3 +94,13 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path: Path, how: dict[str, A
 def test_what_cannot_move_is_told(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         posttrain.train(config(tmp_path / "run", **changes))
+
+
+def nothing(completions: list[str], **columns: Any) -> list[None]:
+    return [None for _ in completions]
+
+
+def test_a_reference_moves_in_its_turn_where_there_was_no_update(tmp_path: Path) -> None:
+    run = posttrain.train(config(tmp_path / "run", kl=KL, rewards={"n": nothing}, steps=3, optimizer={"lr": 1e-2},
+                                 reference_update={"every": 2}))
+    assert column(run, "kl/reference_moved") == [0, 1, 0]
