@@ -32,7 +32,8 @@ from posttrain.registry import Registry, discover
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "components"
 GUIDE = ROOT / "docs" / "plugins"
-ABOUT = {"estimator": "estimators.md", "correction": "estimators.md"}
+ABOUT = {"estimator": "estimators.md", "correction": "estimators.md", "objective": "losses.md", "kl": "kl.md",
+         "constraint": "constraints.md", "combiner": "trading_off.md", "gradient_combiner": "trading_off.md"}
 """Kind -> a page of docs/ that compares its components."""
 
 FIELDS: Mapping[tuple[str, str], Mapping[str, Any]] = {

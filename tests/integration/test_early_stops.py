@@ -74,7 +74,7 @@ def test_a_run_ends_where_it_is_too_far_from_the_reference(tmp_path: Path, caplo
         ("kl", {"kl": {"use": "fixed"}}), ("constraint", {"constraint": "crpo"}))),
     ({"update": {"max_kl": 0.1}}, "update.max_kl leaves out the rest of a rollout's optimiser steps, and there is one"),
     ({"update": {"max_kl": -0.1}}, "max_kl must not be negative, got -0.1"),
-    ({"stop": {"kl": float("inf")}}, "kl must not be negative, got inf"),
+    ({"stop": {"kl": float("inf")}}, "kl must be finite, got inf"),
 ])
 def test_what_cannot_stop_is_told(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -30,8 +30,8 @@ def parts(kind: str, default: Mapping[str, str] | None = None) -> Any:
 def not_negative(block: object, *names: str) -> None:
     """Raise `ValueError` for a field that is negative, infinite or no number."""
     for name in names:
-        if not 0 <= getattr(block, name) < inf:
-            raise ValueError(f"{name} must not be negative, got {getattr(block, name)}")
+        if not 0 <= (value := getattr(block, name)) < inf:
+            raise ValueError(f"{name} must {'not be negative' if value < 0 else 'be finite'}, got {value}")
 
 
 @dataclass(frozen=True)

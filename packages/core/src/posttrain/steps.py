@@ -15,7 +15,7 @@ import numpy as np
 from posttrain import answers
 from posttrain.batching import plan_by_group, smaller_budget
 from posttrain.constrained import Constrained, kept_by_any
-from posttrain.constrained import mixed as balanced_by
+from posttrain.constrained import mixed as mixed_with_costs
 from posttrain.data import (
     FINISH,
     Episodes,
@@ -183,7 +183,8 @@ def advantages(rollouts: Rollouts, notes: Annotations, estimator: Estimator, col
         stacked = np.stack([e.advantages for e in rewards.values()])
         mixed = Estimate(stacked[0] if len(rewards) == 1 else stacked, keep=kept_by_any(rewards.values()))
     if constrained is not None:
-        mixed = balanced_by(mixed, {column: estimates[column] for column in bounds}, bounds, constrained.state)
+        mixed = mixed_with_costs(mixed, {column: estimates[column] for column in bounds}, bounds,
+                                 constrained.state)
         metrics += mixed.metrics
     rows, keep = mixed.advantages, to_numpy(mixed.keep).copy()
     weight = np.ones(len(keep))

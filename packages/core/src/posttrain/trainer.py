@@ -1,7 +1,7 @@
 """The spine: the only place where order lives.
 
-    prompts -> rollouts -> rewards -> (older rollouts) -> what models say of them -> advantages -> optimiser steps
-            -> controllers -> weights to the sampler -> metrics, checkpoint, evaluation
+    prompts -> rollouts -> rewards -> (older rollouts) -> what models say of them -> constraint, combiner -> advantages
+            -> optimiser steps -> KL controller -> weights to sampler and reference -> metrics, checkpoint, evaluation
 
 Everything it calls is a part chosen by the config (`Parts`) or a pure step of `steps.py` and `update.py`.
 """
@@ -128,7 +128,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     if not learnable(rollouts, parts.columns).any():
         log.warning("step %d: no episode is left to learn from (all groups filtered, or no reward applies); no update "
                     "is made", step)
-        state, _, found = balanced(parts, state, metrics, None)
+        state, _, found = controlled(parts, state, metrics, None)
         state, moved = reference_moved(parts, settings, state, None)
         return state, metrics + found + moved, fresh
     with phases("score"):
@@ -139,7 +139,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     kl = kl_metrics(parts.kl, state.kl, notes, int(fresh.is_action.sum()))
     if parts.kl.placement == "constraint":
         rollouts = with_cost(rollouts, KL_COST, kl_penalty(parts.kl, 1.0, rollouts, notes), parts.columns)
-    state, constrained, found = balanced(parts, state, metrics, kl.get(REFERENCE_KL))
+    state, constrained, found = controlled(parts, state, metrics, kl.get(REFERENCE_KL))
     metrics += kl + found
     taken = {parts.kl.placement: kl_penalty(parts.kl, state.kl.coef, rollouts, notes)
              } if parts.kl.placement in ("reward", "advantage") else {}
@@ -331,7 +331,7 @@ def column_means(parts: Parts, measured: Mapping[str, Metric], kl: Metric | None
     return found
 
 
-def balanced(parts: Parts, state: RunState, measured: Mapping[str, Metric],
+def controlled(parts: Parts, state: RunState, measured: Mapping[str, Metric],
              kl: Metric | None) -> tuple[RunState, Constrained | None, Metrics]:
     """The state after constraint and combiner saw the mean rewards and costs of the policy's own answers."""
     means = column_means(parts, measured, kl)

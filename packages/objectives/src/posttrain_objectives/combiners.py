@@ -221,9 +221,13 @@ def known_columns(name: str, given: Mapping[str, float], columns: Sequence[str])
 
 
 def named_weights(given: Mapping[str, float], columns: Sequence[str], default: float) -> dict[str, float]:
-    """The weight of every column. Raises `ConfigError` for one of no reward."""
+    """The weight of every column. Raises `ConfigError` for one of no reward, and where all are 0."""
     known_columns("weights", given, columns)
-    return {column: given.get(column, default) for column in columns}
+    weights = {column: given.get(column, default) for column in columns}
+    if weights and not any(weights.values()):
+        raise ConfigError([f"combiner.weights are 0 for all rewards ({', '.join(columns)}), so nothing would be "
+                           "trained; give one of them a weight"])
+    return weights
 
 
 def require_finite(name: str, numbers: Mapping[str, float]) -> None:

@@ -21,7 +21,9 @@ UnitRule = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def of_those_alive(gramian: np.ndarray, rule: UnitRule, solved: float = 0.0) -> np.ndarray:
     """[m] weights by a rule of the gradients longer than `solved` times the longest, and of length above 0; 0 for the
-    others."""
+    others. Raises `ValueError` for a Gramian that is not finite."""
+    if not np.isfinite(gramian).all():
+        raise ValueError(f"the Gramian of the gradients must be finite, got {np.asarray(gramian).tolist()}")
     lengths = np.sqrt(np.maximum(np.diag(gramian), 0.0))
     alive = np.flatnonzero((lengths > 0) & (lengths >= solved * lengths.max()))
     w = np.zeros(len(gramian))

@@ -2,8 +2,9 @@
 
 Each turns the violations of one rollout into the weights lambda_i of the costs' advantages; core mixes them as
 (w A_R - sum_i lambda_i A_Ci) / (w + sum_i lambda_i), with w the state's `reward_weight`. Here
-v = (J_C - d) / |d|, the violation relative to the limit (`multipliers.py` says why, and holds the state). A cost that
-is absent from a rollout, or no finite number, leaves all that is remembered of it as it is.
+v = (J_C - d) / |d|, the violation relative to the limit (`multipliers.py` says why, and holds the state). Rules that
+remember v count it within [-1, 1]. A cost that is absent from a rollout, or no finite number, leaves all that is
+remembered of it as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import final
 from posttrain_objectives.multipliers import (
     Memory,
     Multipliers,
+    bounded,
     require_not_negative,
     require_positive,
     started,
@@ -39,7 +41,7 @@ class Lagrangian:
     """
 
     eta: float = 0.05
-    """Step of lambda per rollout, for a cost of twice its limit."""
+    """Step of lambda per rollout, for a cost of twice its limit or more."""
     lambda_max: float = 10.0
     """Cap of lambda. At 10 the reward has an eleventh of the step; a constraint that stays broken there is reported as
     infeasible."""
@@ -56,7 +58,7 @@ class Lagrangian:
         return stepped(state, violations(state, costs), self._rule, self.lambda_max)
 
     def _rule(self, v: float, memory: Memory) -> tuple[float, Memory]:
-        lam = min(max(memory.get("lambda", 0.0) + self.eta * v, 0.0), self.lambda_max)
+        lam = min(max(memory.get("lambda", 0.0) + self.eta * bounded(v), 0.0), self.lambda_max)
         return lam, {"lambda": lam}
 
 
@@ -70,7 +72,7 @@ class LogLagrangian:
     """
 
     eta: float = 0.1
-    """Step of log lambda per rollout, for a cost of twice its limit."""
+    """Step of log lambda per rollout, for a cost of twice its limit or more."""
     lambda_init: float = 0.1
     """lambda before the first rollout."""
     lambda_min: float = 0.01
@@ -94,7 +96,8 @@ class LogLagrangian:
 
     def _rule(self, v: float, memory: Memory) -> tuple[float, Memory]:
         log_min, log_max = math.log(self.lambda_min), math.log(self.lambda_max)
-        u = min(max(memory.get("log_lambda", math.log(self.lambda_init)) + self.eta * v, log_min), log_max)
+        u = memory.get("log_lambda", math.log(self.lambda_init)) + self.eta * bounded(v)
+        u = min(max(u, log_min), log_max)
         return math.exp(u), {"log_lambda": u}
 
 
@@ -109,9 +112,9 @@ class PIDLagrangian:
     """
 
     kp: float = 2.0
-    """K_P: lambda for a cost of twice its limit, at once."""
+    """K_P: lambda for a cost of twice its limit or more, at once."""
     ki: float = 0.1
-    """K_I: step of I per rollout, for a cost of twice its limit."""
+    """K_I: step of I per rollout, for a cost of twice its limit or more."""
     kd: float = 0.5
     """K_D: lambda for a cost that rises by its limit's size in one rollout."""
     ema: float = 0.5
@@ -134,6 +137,7 @@ class PIDLagrangian:
         return stepped(state, violations(state, costs), self._rule, self.lambda_max)
 
     def _rule(self, v: float, memory: Memory) -> tuple[float, Memory]:
+        v = bounded(v)
         before = memory.get("mean", v)
         mean = self.ema * before + (1 - self.ema) * v
         integral = min(max(memory.get("integral", 0.0) + self.ki * v, 0.0), self.lambda_max)
@@ -152,7 +156,7 @@ class AugmentedLagrangian:
     """
 
     rho: float = 2.0
-    """Weight of the penalty: mu for a cost of twice its limit, at once."""
+    """Weight of the penalty: mu for a cost of twice its limit or more, at once."""
     every: int = 10
     """M, rollouts between two steps of lambda."""
     growth: float = 1.0
@@ -180,6 +184,7 @@ class AugmentedLagrangian:
         return stepped(state, violations(state, costs), self._rule, self.lambda_max)
 
     def _rule(self, v: float, memory: Memory) -> tuple[float, Memory]:
+        v = bounded(v)
         lam, rho = memory.get("lambda", 0.0), memory.get("rho", self.rho)
         n, total = memory.get("n", 0.0) + 1, memory.get("sum", 0.0) + v
         mu = max(lam + rho * v, 0.0)
@@ -201,7 +206,7 @@ class CRPO:
     """
 
     tol: float = 0.0
-    """v up to which a limit counts as kept. The paper's output is the average of the iterates within it."""
+    """v up to which a limit counts as kept, by the status too. The paper's output is the average of the iterates within it."""
     scale: Mapping[str, float] = field(default_factory=dict)
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 
@@ -212,7 +217,7 @@ class CRPO:
         return started(limits, self.scale)
 
     def update(self, state: Multipliers, costs: Mapping[str, float]) -> Multipliers:
-        after = stepped(state, violations(state, costs), self._rule, 1.0)
+        after = stepped(state, violations(state, costs), self._rule, 1.0, self.tol)
         return replace(after, reward_weight=0.0 if any(after.multipliers.values()) else 1.0)
 
     def _rule(self, v: float, memory: Memory) -> tuple[float, Memory]:

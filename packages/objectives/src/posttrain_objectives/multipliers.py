@@ -5,6 +5,9 @@ Costs have very different units (a length of 40, a rate of 0.02), so every metho
 limit, v = (cost - limit) / |limit|. The other side of the loop has no unit either: a multiplier weighs advantages that
 were normalised before they are mixed. Gains are therefore plain numbers, and one default fits all costs. A running
 standard deviation would do that too, but its gain would grow without bound while the cost is still.
+
+A cost that is not negative has v >= -1, but a small limit can be broken many times over. Dual variables are moved by v
+`bounded` to [-1, 1], so that what they sum up comes down as fast as it went up; what is reported is v itself.
 """
 
 from __future__ import annotations
@@ -22,13 +25,18 @@ Memory = Mapping[str, float]
 Rule = Callable[[float, Memory], tuple[float, Memory]]
 """(v, memory) -> (multiplier, memory): a method, for one cost."""
 
+MAX_VIOLATION = 1.0
+"""What is bounded counts at most this much: one wild rollout must not send a multiplier to its cap."""
+FAR = 1e6
+"""A violation larger than this is reported as this: a running mean of infinity would never come down."""
 PATIENCE = 20
-"""Updates in a row with the multiplier at its cap and the limit broken, after which a constraint is infeasible: one
-rollout that is far off is no proof."""
+"""Updates in a row with the multiplier at its cap and the running mean of v no lower, after which a constraint is
+infeasible: one rollout that is far off is no proof, and a cost that still falls is none either."""
 SMOOTHING = 0.9
 """Decay of the running mean of v that the status is read from; the noise of one rollout does not change it."""
 TOLERANCE = 0.02
-"""Largest running mean of v, relative to the limit, that counts as kept."""
+"""Largest running mean of v, relative to the limit, that counts as kept; and the share by which it must fall to count
+as lower."""
 
 
 @final
@@ -44,11 +52,13 @@ class Multipliers:
     """lambda >= 0, the weight of each cost's advantages."""
     status: Mapping[str, str]
     """`feasible`: the running mean of the cost is within its limit. `converging`: it is over it, and the multiplier is
-    at work. `infeasible`: it stays over it with the multiplier at its cap."""
+    at work. `infeasible`: it stays over it with the multiplier at its cap, and no longer falls."""
     violations: Mapping[str, float]
     """Running mean of v."""
     capped: Mapping[str, int]
-    """Updates in a row that ended at the cap with the limit broken."""
+    """Updates in a row that ended at the cap with the limit broken, from the last that made the running mean lower."""
+    lowest: Mapping[str, float] = field(default_factory=dict)
+    """Running mean of v at the first of these."""
     memory: Mapping[str, Memory] = field(default_factory=dict)
     """What the method remembers of each cost."""
     reward_weight: float = 1.0
@@ -83,24 +93,44 @@ def violations(state: Multipliers, costs: Mapping[str, float]) -> dict[str, floa
     if unknown := sorted(costs.keys() - state.limits.keys()):
         raise ValueError(f"cost '{unknown[0]}' has no limit{did_you_mean(unknown[0], state.limits)}; limits are "
                          f"{', '.join(state.limits)}")
-    return {name: (costs[name] - d) / state.scales[name] for name, d in state.limits.items()
+    return {name: min(max((costs[name] - d) / state.scales[name], -FAR), FAR) for name, d in state.limits.items()
             if name in costs and math.isfinite(costs[name])}
 
 
-def stepped(state: Multipliers, v: Mapping[str, float], rule: Rule, cap: float) -> Multipliers:
-    """The state after one rollout whose violations are `v`; what is not in `v` is held."""
+def bounded(v: float) -> float:
+    """v within [-`MAX_VIOLATION`, `MAX_VIOLATION`]: what a dual variable is moved by."""
+    return min(max(v, -MAX_VIOLATION), MAX_VIOLATION)
+
+
+def stepped(state: Multipliers, v: Mapping[str, float], rule: Rule, cap: float, tol: float = 0.0) -> Multipliers:
+    """The state after one rollout whose violations are `v`; what is not in `v` is held. A running mean up to `tol`, and
+    in any case up to `TOLERANCE`, counts as kept."""
+    tol = max(tol, TOLERANCE)
     found = {name: rule(x, state.memory[name]) for name, x in v.items()}
     multipliers = {name: min(x, cap) for name, (x, _) in found.items()}
     means = {name: SMOOTHING * state.violations.get(name, x) + (1 - SMOOTHING) * x for name, x in v.items()}
-    capped = {name: state.capped[name] + 1 if multipliers[name] >= cap and x > 0 else 0 for name, x in v.items()}
+    stuck = {name: _stuck(state, name, means[name], multipliers[name] >= cap and x > 0 and means[name] > tol)
+             for name, x in v.items()}
     return replace(
         state, multipliers={**state.multipliers, **multipliers}, violations={**state.violations, **means},
-        capped={**state.capped, **capped}, memory={**state.memory, **{name: kept for name, (_, kept) in found.items()}},
-        status={**state.status, **{name: _status(means[name], capped[name]) for name in v}})
+        capped={**state.capped, **{name: n for name, (n, _) in stuck.items()}},
+        lowest={**state.lowest, **{name: mean for name, (_, mean) in stuck.items()}},
+        memory={**state.memory, **{name: kept for name, (_, kept) in found.items()}},
+        status={**state.status, **{name: _status(means[name], n, tol) for name, (n, _) in stuck.items()}})
 
 
-def _status(mean: float, capped: int) -> Status:
-    if mean <= TOLERANCE:
+def _stuck(state: Multipliers, name: str, mean: float, at_cap: bool) -> tuple[int, float]:
+    """(updates at the cap since the running mean was last lower than before, the running mean then)."""
+    if not at_cap:
+        return 0, mean
+    lowest = state.lowest.get(name, mean)
+    if state.capped[name] == 0 or mean < (1 - TOLERANCE) * lowest:
+        return 1, mean
+    return state.capped[name] + 1, lowest
+
+
+def _status(mean: float, capped: int, tol: float) -> Status:
+    if mean <= tol:
         return "feasible"
     return "infeasible" if capped >= PATIENCE else "converging"
 
