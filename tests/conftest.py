@@ -7,6 +7,8 @@ test that needs more says so with `@pytest.mark.needs("torch", ...)`.
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -34,3 +36,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         for module in mark.args:
             if find_spec(module) is None:
                 pytest.skip(f"{module} is not installed")
+
+
+@pytest.fixture(autouse=True)
+def signals_are_given_back() -> Iterator[None]:
+    """Whoever called `train` or a command can be stopped by Ctrl-C after it, too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    left = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert left == before

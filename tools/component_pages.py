@@ -228,7 +228,7 @@ def index(registry: Registry, declared: Iterable[Component]) -> str:
         found = list(of_kind)
         what, authors = guide[kind]
         keys = _listed(dotted(key) for key, _ in _keys(kind)) or "none, it is chosen by itself"
-        more = f" Compared in [{ABOUT[kind]}](../{ABOUT[kind]})." if kind in ABOUT else ""
+        more = f" Compared in [`{ABOUT[kind]}`](../{ABOUT[kind]})." if kind in ABOUT else ""
         packages = ", ".join(dict.fromkeys(registry.provider(c)[0] for c in found))
         parts += [f"## {kind}", f"{what[:1].upper()}{what[1:]}. Key: {keys}. In {packages}.{more} "
                                 f"[For authors](../plugins/{authors})."]

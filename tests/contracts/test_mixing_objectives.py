@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
+from posttrain.errors import ConfigError
 from posttrain.testing import CombinerContract, ConstraintContract, GradientCombinerContract
 from posttrain_objectives.combiners import Progress, Scalarization, WeightedSum
 from posttrain_objectives.constraints import (
@@ -46,6 +49,15 @@ def plain_sum(weights: Mapping[str, float], advantages: Mapping[str, Sequence[fl
               keep: Mapping[str, Sequence[bool]]) -> list[float]:
     n = len(next(iter(advantages.values())))
     return [sum(weights.get(c, 1.0) * A[i] for c, A in advantages.items() if keep[c][i]) for i in range(n)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"whiten": True}, {"scale": "column"}], ids=str)
+def test_weights_that_are_all_0_are_refused(fields: Mapping[str, Any]) -> None:
+    """They would train nothing, and say nothing of it; one reward may have weight 0."""
+    rule = WeightedSum(weights={"accuracy": 0.0, "brevity": 0.0}, **fields)
+    with pytest.raises(ConfigError, match=r"combiner.weights are 0 for all rewards \(accuracy, brevity\)"):
+        rule.init(("accuracy", "brevity"))
+    assert rule.init(("accuracy", "brevity", "style")).weights == {"accuracy": 0.0, "brevity": 0.0, "style": 1.0}
 
 
 class TestGDPO(CombinerContract):

@@ -44,12 +44,12 @@ def test_a_limit_holds_against_the_reward(tmp_path: Path, bound: dict[str, float
     pull = wordy if "at_most" in bound else lambda completions, **columns: [-0.2 * len(c) for c in completions]
     free = posttrain.train(config(tmp_path / "free", rewards={"pull": pull}, steps=40, **LONG))
     held = posttrain.train(config(tmp_path / "held", rewards={"pull": pull, "length": {"use": lengths, **bound}},
-                                  constraint={"use": "pid_lagrangian"}, steps=40, **LONG))
+                                  constraint={"use": "pid_lagrangian"}, steps=60, **LONG))
     free_length = np.mean(column(free, "episode/length")[-8:])
     ends, limit = np.mean(column(held, "constraint/length/mean")[-8:]), next(iter(bound.values()))
     sign = 1 if "at_most" in bound else -1
     assert sign * (free_length - limit) > 1.0
-    assert sign * (ends - limit) < 0.6
+    assert sign * (ends - limit) < 0.35 * sign * (free_length - limit)
     assert column(held, "constraint/length/mean") == column(held, "reward/length/mean")
     assert max(column(held, "constraint/length/multiplier")) > 0
     assert all(status in (0, 1, 2) for status in column(held, "constraint/length/status"))

@@ -163,8 +163,9 @@ def test_a_signal_says_how_to_go_on(covered: Path, monkeypatch: pytest.MonkeyPat
         raise covering.run.Interrupted("stopped by signal")
 
     monkeypatch.setattr(covering.run, "train", stopped)
-    with pytest.raises(covering.run.Interrupted, match="all further points: posttrain pareto .*front.yaml") as error:
-        pareto(covered / "front.yaml", "divisions=3", "-q")
+    with pytest.raises(covering.run.Interrupted, match="all further points: posttrain pareto .*front.yaml divisions=3 "
+                       r"'objectives=\[correct, brevity\]'$") as error:
+        pareto(covered / "front.yaml", "divisions=3", "objectives=[correct, brevity]", "-q")
     assert error.value.exit_code == 143
 
 
@@ -235,7 +236,23 @@ def test_everything_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     said = "\n".join(problems(error))
     assert f"objectivs is not a key; did you mean 'objectives'? ({file}:2)" in said
     assert "method" in said and "soups" in said and f"{file}:3" in said and f"{file}:4" in said
-    assert "field 'reference' of FrontSettings needs" in said
+    assert f"objectives, reference must be given ({file})" in said and "FrontSettings" not in said
+    assert "A front's file holds at least" in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "base, objectives, reference must be given"), ("# nothing\n", "base, objectives, reference must"),
+    ("[1, 2]\n", "must be a block of `key: value` lines"), ("base: [\n", "not valid YAML"),
+    ("base: train.yaml\nreference: [0.0, 0.0]\n", "objectives must be given")])
+def test_a_file_that_holds_no_front_says_what_one_holds(text: str, said: str, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        pareto(file)
+    (problem,) = problems(error)
+    assert said in problem and str(file) in problem
+    *_, example = str(error.value).partition("A front's file holds at least\n")
+    assert set(yaml.safe_load(example)) == {"base", "objectives", "reference"}
 
 
 @pytest.mark.parametrize(("front", "said"), [
@@ -258,7 +275,13 @@ def test_a_front_that_cannot_be_is_refused(front: dict[str, Any], said: str, tmp
 @pytest.mark.parametrize(("base", "said"), [
     ({"recipe": "sft", "rewards": {}}, "base must learn from rewards (loop: rl), not supervised"),
     ({"rewards": {**BASE["rewards"], "correct": {"file": "rewards.py:correct", "weight": 0.0}}},
-     "objectives: rewards.correct.weight is 0 in the base, and preferences multiply it"),
+     "objectives: rewards.correct.weight is 0 in the base, but an objective is maximised"),
+    ({"rewards": {**BASE["rewards"], "brevity": {"use": "size", "weight": -1}}},
+     "rewards.brevity.weight is -1 in the base, but an objective is maximised, so its weight must be positive; write "
+     "the reward with the other sign: a function that returns minus the length, or `use: length` with soft_limit"),
+    ({"combiner": {"use": "gdpo", "weights": {"brevity": -1.0}}},
+     "combiner.weights.brevity is -1 in the base, but an objective is maximised"),
+    ({"combiner": {"use": "gdpo", "weights": {"brevity": 0.0}}}, "combiner.weights.brevity is 0 in the base"),
     ({"task": {"use": "rows", "path": str(DATA / "rows.jsonl")}}, "a front is compared on held-out prompts"),
     ({"estimator": "gea"}, "did you mean 'gae'")])
 def test_a_base_that_makes_no_front_is_refused(base: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -266,6 +289,56 @@ def test_a_base_that_makes_no_front_is_refused(base: dict[str, Any], said: str, 
         pareto(written(tmp_path, base))
     assert any(said in problem for problem in problems(error)), problems(error)
     assert not (tmp_path / "front").exists()
+
+
+def test_the_objective_that_levels_leave_out_is_maximised_too(tmp_path: Path) -> None:
+    base = {"rewards": {**BASE["rewards"], "correct": {"file": "rewards.py:correct", "weight": -2.0}}}
+    with pytest.raises(ConfigError, match="objectives: rewards.correct.weight is -2 in the base, but an objective"):
+        pareto(written(tmp_path, base, method="epsilon_constraint", levels={"brevity": [-2.0]}))
+
+
+@pytest.mark.parametrize("method", ["weights", "soups"])
+def test_settings_of_the_base_hold_for_every_point(method: str, tmp_path: Path) -> None:
+    from posttrain_objectives.pareto import covering
+    from posttrain_objectives.pareto.plan import read
+
+    file, settings = written(tmp_path, method=method, divisions=1), ["base.steps=3", "base.rewards.correct.weight=4.0"]
+    plan = read(file, settings, discover())
+    for candidate, weights in zip(plan.candidates, ([4.0, 0.0], [0.0, 1.0]), strict=True):
+        loaded = covering.config.load(plan.base, plan.settings_of(candidate), discover()).settings
+        assert loaded.steps == loaded.evaluate.every == 3
+        assert [loaded.rewards[name].weight for name in ("correct", "brevity")] == weights
+    assert plan.fingerprint() != read(file, [], discover()).fingerprint()
+
+
+def test_wrong_settings_of_the_base_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stepps is not a key; did you mean 'steps'"):
+        pareto(written(tmp_path), "base.stepps=3")
+
+
+def test_a_soup_is_measured_with_the_settings_of_the_base(covered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from posttrain_objectives.pareto import covering
+    from posttrain_objectives.pareto.plan import Candidate, read
+
+    plan = replace(read(covered / "front.yaml", [], discover()), overrides=("base.rollout.max_new_tokens=1",))
+    point = covering._mixed(plan, Candidate("short", mix={NAMES[0]: 1.0}), discover(), "quiet")
+    assert point.values[1] >= -1.0 > covering.opened(replace(plan, overrides=())).points[0].values[1]
+
+
+def test_standard_errors_are_over_the_prompts_to_which_a_reward_applies(covered: Path) -> None:
+    from posttrain_objectives.pareto import covering
+    from posttrain_objectives.pareto.plan import read
+
+    plan, scores = read(covered / "front.yaml", [], discover()), np.array([0.0, 1.0, 5.0])
+    assert plan.prompts == 5
+    metrics = {"eval/reward/correct/mean": 2.0, "eval/reward/correct/std": scores.std(),
+               "eval/reward/correct/excluded": 2.0, "eval/reward/brevity/mean": -3.0, "eval/reward/brevity/std": 0.5}
+    point = covering._measured(plan, plan.candidates[0], metrics, plan.directory / "weights")
+    assert point.errors == pytest.approx((scores.std(ddof=1) / np.sqrt(3), 0.5 / np.sqrt(5 - 1)))
+    alone = {**metrics, "eval/reward/correct/std": 0.0, "eval/reward/correct/excluded": 4.0}
+    assert covering._measured(plan, plan.candidates[0], alone, plan.directory / "weights").errors == ()
 
 
 def test_points_that_would_not_compare_are_refused(covered: Path) -> None:
@@ -351,3 +424,15 @@ def test_preferences_cover_the_simplex() -> None:
     drawn = list(dirichlet(3, 6, 0.5, seed=1))
     assert drawn[:3] == list(dirichlet(3, 3, 0.5, seed=1)) and drawn != list(dirichlet(3, 6, 0.5, seed=2))
     assert np.sum(drawn, axis=1) == pytest.approx(1.0) and np.min(drawn) >= 0.0
+
+
+def test_a_reward_that_does_not_apply_to_some_prompts_is_more_uncertain(tmp_path: Path) -> None:
+    file = written(tmp_path, divisions=1)
+    some = REWARDS.replace("for c in completions", "if i > 1 else None for i, c in enumerate(completions)")
+    (tmp_path / "rewards.py").write_text(some)
+    pareto(file, "-q")
+    for point in record(tmp_path)["points"]:
+        last = json.loads((tmp_path / "front" / point["tag"] / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["eval/reward/brevity/excluded"] == 2 and "eval/reward/correct/excluded" not in last
+        spread = [last[f"eval/reward/{name}/std"] for name in ("correct", "brevity")]
+        assert point["errors"] == pytest.approx([spread[0] / np.sqrt(5 - 1), spread[1] / np.sqrt(3 - 1)])

@@ -241,6 +241,22 @@ def test_forms_of_a_pair_mean_the_same(form: list[dict[str, Any]], tmp_path: Pat
     (rows({**CHAT[0], "rejected": CHAT[1]["rejected"]}, base=CHAT), r"the conversations .* differ"),
     (rows({**CHAT[0], "rejected": CHAT[1]["rejected"][:1]}, base=CHAT), r"column 'rejected': ends with"),
     (rows({**CHAT[0], "rejected": "3"}, base=CHAT), r"column 'rejected' should be a conversation"),
+    (rows({"chosen": CHAT[0]["chosen"]}, base=CHAT),
+     r"column 'rejected' is missing; the row has chosen, and a pair has two answers"),
+    ([{"chosen": "2", "rejected": "1"}], r"(?s)column 'prompt' is missing; the row has chosen, rejected; name it by "
+     r"task\.prompt_key, or let both answers be conversations that begin with it \("),
+    ([{"chosen": [{"role": "assistant", "content": x}]} | {"rejected": "1"} for x in "23"],
+     r"column 'prompt' is missing"),
+    ([{"prompt": "12=", "chosen": 2, "rejected": 1}],
+     r"(?s)1 of 1 have not both:\n  column 'chosen' should be text or one assistant message, found a number; "
+     r"column 'rejected' should be text .*found a number \(.*write answers as text, or name .* task\.chosen_key"),
+    ([{"prompt": "12=", "chosen": "2"}], r"(?s)1 of 1 have not both:\n  no 'rejected' to learn from \(.*add what is "
+     r"missing, or name .* task\.rejected_key"),
+    ([{"prompt": "12=", "chosen": None, "rejected": "1"}], r"column 'chosen' should be text .*, found null \("),
+    ([{name: CHAT[0]["chosen"][:1] for name in ("chosen", "rejected")}],
+     r"(?s)'chosen': ends with 'user', but each conversation of a pair ends with the assistant's answer; add the "
+     r"answer \(.*'rejected': ends with 'user'"),
+    ([{"chosen": CHAT[0]["chosen"]}], r"column 'rejected' is missing; the row has chosen, and a pair has two answers"),
     ([{"prompt": "12=", "completion": "2"}],
      r"(?s)needs a preferred and a rejected answer.*no 'chosen' and no 'rejected' to learn from.*task\.chosen_key"),
 ])
@@ -251,6 +267,7 @@ def test_wrong_rows_are_named(given: list[dict[str, Any]], message: str, tmp_pat
         trained(tmp_path / "run", "dpo", task=task, evaluate={"every": 0})
     assert re.search(message, str(error.value)), str(error.value)
     assert f"rows.jsonl:{len(given)})" in str(error.value)
+    assert ("hold the same answer" in str(error.value)) == ("hold the same answer" in message)
     assert not (tmp_path / "run").exists()
 
 
@@ -278,6 +295,7 @@ def test_pairs_still_serve_supervised_training_on_one_column(tmp_path: Path) -> 
     ("dpo", {"objective": {"use": "dpo", "loss": "ipo", "label_smoothing": 0.1}}, "label_smoothing belongs to"),
     ("dpo", {"objective": {"use": "dpo", "loss": "sigmod"}}, "did you mean 'sigmoid'"),
     ("dpo", {"objective": {"use": "dpo", "beta": 0.0}}, "beta must be positive"),
+    ("dpo", {"objective": {"use": "dpo", "beta": math.inf}}, "beta must be positive and finite"),
 ])
 def test_what_does_not_fit_is_refused(recipe: str, changes: Mapping[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:

@@ -3,6 +3,7 @@ themselves; what all of them owe is in the contract, and independent libraries a
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from typing import Any
 
@@ -203,6 +204,15 @@ def test_a_gradient_that_would_stay_behind_is_served() -> None:
 def test_fields_out_of_range_are_refused(kind: Any, fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**fields)
+
+
+@pytest.mark.parametrize("rule", RULES[:-1], ids=str)
+@pytest.mark.parametrize("gramian", [[[1.0, math.nan], [math.nan, 1.0]], [[math.nan, 0.0], [0.0, 1.0]],
+                                     [[math.inf, 0.0], [0.0, 1.0]], [[1.0, -math.inf], [-math.inf, 1.0]]], ids=str)
+def test_a_gramian_that_is_not_finite_is_refused(rule: Any, gramian: list[list[float]]) -> None:
+    """Weights of 0 or 1 / m would look like an answer."""
+    with pytest.raises(ValueError, match="the Gramian of the gradients must be finite, got .*(nan|inf)"):
+        rule.weights(np.array(gramian), rule.init(["a", "b"]))
 
 
 def test_more_gradients_than_orders_can_be_gone_through_are_refused() -> None:

@@ -131,6 +131,7 @@ def test_needs_outputs_and_unit() -> None:
 
 @pytest.mark.parametrize("fields, message", [
     ({"loss": "sigmod"}, "did you mean 'sigmoid'"), ({"beta": 0.0}, "beta must be positive"),
+    ({"beta": math.inf}, "beta must be positive and finite"),
     ({"beta": math.nan}, "beta must be positive"), ({"label_smoothing": 0.5}, r"label_smoothing lies in \[0, 0.5\)"),
     ({"label_smoothing": -0.1}, "label_smoothing lies in"),
     ({"loss": "hinge", "label_smoothing": 0.1}, "belongs to loss: sigmoid"),

@@ -30,7 +30,7 @@ from posttrain.protocols import Need, Output, PromptSource, Scorer, Tokenizer
 from posttrain.schema import Settings
 from posttrain.state import RunState
 from posttrain.steps import score
-from posttrain.tasks.formats import CHOSEN, COMPLETION, REJECTED
+from posttrain.tasks.formats import CHOSEN, COMPLETION, REJECTED, kind_of
 from posttrain.timing import Phases
 from posttrain.tokenizers import prompt_ids
 from posttrain.trainer import Parts, evaluate, held_out
@@ -41,10 +41,10 @@ REFERENCE = frozenset({Output.LOGPROBS})
 PROVIDED = frozenset({Need.REF_LOGPROBS, Need.PREFERRED})
 """What this loop can give an objective."""
 _ADVICE = {
-    (COMPLETION,): ("an answer", "add the column, or name the one that holds answers by task.completion_key"),
-    (CHOSEN, REJECTED): ("a preferred and a rejected answer", "add the columns, or name those that hold them by "
-                         "task.chosen_key and task.rejected_key")}
-"""Names under which answers stand in a row -> what it needs, and what to do where it lacks it."""
+    (COMPLETION,): ("an answer", "none", "name the column that holds answers by task.completion_key"),
+    (CHOSEN, REJECTED): ("a preferred and a rejected answer", "not both",
+                         "name the columns that hold them by task.chosen_key and task.rejected_key")}
+"""Names under which answers stand in a row -> what it needs, what the others have, and the keys that say where."""
 
 
 @final
@@ -80,10 +80,19 @@ def require_answers(source: PromptSource, names: tuple[str, ...]) -> None:
         if not answered(prompt, names):
             missing, shown = missing + 1, sorted([*shown, prompt], key=lambda p: p.group)[:SHOWN]
     if missing:
-        needed, advice = _ADVICE[names]
-        raise DataError(
-            [Problem(f"no {' and no '.join(repr(name) for name in names)} to learn from", p.where) for p in shown],
-            f"this training needs {needed} in every row; {missing} of {source.rows} have none:", advice)
+        needed, have, keys = _ADVICE[names]
+        texts = [(_lacking(p, names), p.where) for p in shown]
+        mend = "add what is missing" if any("to learn from" in text for text, _ in texts) else "write answers as text"
+        raise DataError([Problem(*text) for text in texts], f"this training needs {needed} in every row; {missing} of "
+                        f"{source.rows} have {have}:", f"{mend}, or {keys}")
+
+
+def _lacking(prompt: Prompt, names: tuple[str, ...]) -> str:
+    """Which answers a row is without, and which are no texts."""
+    absent = [f"no '{name}'" for name in names if name not in prompt.extra]
+    other = [f"column '{name}' should be text or one assistant message, found {kind_of(prompt.extra[name])}"
+             for name in names if name in prompt.extra and not isinstance(prompt.extra[name], str)]
+    return "; ".join([*([f"{' and '.join(absent)} to learn from"] if absent else []), *other])
 
 
 def answered(prompt: Prompt, names: tuple[str, ...]) -> bool:

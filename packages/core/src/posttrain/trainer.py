@@ -387,7 +387,8 @@ def evaluate(parts: Parts, settings: Settings, phases: Phases) -> tuple[Metrics,
         rollouts, failures = rewarded(parts, settings, rollouts)
     names = {SUM: "eval/reward", **{r.name: f"eval/reward/{r.name}" for r in parts.rewards}}
     found = described(rollouts, names)
-    kept = {name: m for name, m in found.items() if name.startswith("eval/") and not name.endswith("/excluded")}
+    kept = {name: m for name, m in found.items()
+            if name.startswith("eval/") and (m.total or not name.endswith("/excluded"))}
     return Metrics({**kept, **failures.prefixed("eval/reward"), "eval/length": found["episode/length"]}), rollouts
 
 

@@ -206,7 +206,8 @@ class CRPO:
     """
 
     tol: float = 0.0
-    """v up to which a limit counts as kept, by the status too. The paper's output is the average of the iterates within it."""
+    """v up to which a limit counts as kept, by the status too. The paper's output is the average of the iterates within
+    it."""
     scale: Mapping[str, float] = field(default_factory=dict)
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 

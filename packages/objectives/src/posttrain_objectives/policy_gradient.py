@@ -6,6 +6,7 @@ value function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
@@ -71,12 +72,14 @@ class PolicyGradient:
         if not 0 < self.clip_low <= 1 or not self.clip_high > 0:
             raise ValueError(f"clip_low lies in (0, 1] and clip_high is positive, got {self.clip_low} and "
                              f"{self.clip_high}: they are distances from a ratio of 1, as in 0.2")
-        if self.dual_clip != 0 and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, or 0 for none, got {self.dual_clip}: it bounds the ratio "
-                             "itself, as in 3")
-        if not self.cap >= 1 or not self.tau_positive > 0 or not self.tau_negative > 0:
-            raise ValueError("cap is a ratio of at least 1, tau_positive and tau_negative are positive, got "
-                             f"{self.cap}, {self.tau_positive} and {self.tau_negative}")
+        if self.dual_clip != 0 and not 1 < self.dual_clip < math.inf:
+            raise ValueError(f"dual_clip must be above 1 and finite, or 0 for none, got {self.dual_clip}: it bounds "
+                             "the ratio itself, as in 3")
+        if not self.cap >= 1:
+            raise ValueError(f"cap is a ratio of at least 1, got {self.cap}; .inf caps nothing")
+        if not 0 < self.tau_positive < math.inf or not 0 < self.tau_negative < math.inf:
+            raise ValueError("tau_positive and tau_negative are positive and finite, got "
+                             f"{self.tau_positive} and {self.tau_negative}")
         if not (self.behavior_cap == 0 or self.behavior_cap >= 1):
             raise ValueError(f"behavior_cap is the largest pi_old / mu, at least 1, or 0 for no weight, got "
                              f"{self.behavior_cap}")

@@ -7,6 +7,7 @@ of the two answers, sigma the logistic function, beta how far the policy may lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
@@ -72,8 +73,8 @@ class DPO:
 
     def __post_init__(self) -> None:
         require_choice("loss", self.loss, PAIR_LOSSES)
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be positive and finite, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing lies in [0, 0.5), got {self.label_smoothing}: from 0.5 on a label says "
                              "nothing, or the contrary")

@@ -102,7 +102,7 @@ class Census:
         self._pair = (keys.chosen, keys.rejected)
         self._rows = 0
         self._present, self._answered, self._ends = Counter[str](), Counter[str](), Counter[str]()
-        self._whole = Counter[str]()
+        self._whole, self._talks = Counter[str](), Counter[str]()
 
     def add(self, columns: Mapping[str, Any]) -> None:
         """One more row."""
@@ -113,6 +113,8 @@ class Census:
             if column in columns and _is_answer(columns[column]):
                 self._answered[column] += 1
                 self._whole[column] += not isinstance(columns[column], str) and len(columns[column]) > 1
+        for column in self._pair:
+            self._talks[column] += _last_role(columns.get(column)) is not None
         for column in self._asked:
             if column in columns and _last_role(columns[column]) == "assistant":
                 self._ends[column] += 1
@@ -124,9 +126,12 @@ class Census:
         given = next((c for c in self._answers if 2 * self._answered[c] > present[c]), "")
         paired = not given and all(2 * self._answered[c] > self._rows for c in self._pair)
         if paired:
-            whole = not present[asked] or all(2 * self._whole[c] > self._rows for c in self._pair)
+            whole = all(2 * self._whole[c] > self._rows for c in self._pair)
+            whole = whole or (not present[asked] and any(self._whole[c] for c in self._pair))
             return Format("" if whole else asked, rl2=present["extra_info"] > 0, pair=self._pair)
         if self._rows and not present[asked]:
+            if any(2 * self._talks[c] > self._rows for c in self._pair):  # the prompt is there; rows say what is not
+                return Format("", rl2=present["extra_info"] > 0, pair=self._pair)
             found = sorted(present)
             hint = next(filter(None, (did_you_mean(column, found) for column in self._asked)), "")
             raise DataError([Problem(
@@ -159,7 +164,7 @@ def prompt_of(row: Row, number: int, form: Format) -> Prompt | Sequence[Problem]
             before = len(wrong)
             extra[CHOSEN], extra[REJECTED] = (_answer(row.columns, column, wrong, whole=not form.prompt)
                                               for column in form.pair)
-            if len(wrong) == before and extra[CHOSEN] == extra[REJECTED]:
+            if len(wrong) == before and extra[CHOSEN] and extra[CHOSEN] == extra[REJECTED]:
                 wrong.append(f"columns '{form.pair[0]}' and '{form.pair[1]}' hold the same answer; a preference is "
                              "between two")
     if wrong:
@@ -182,7 +187,9 @@ def _asked(columns: Mapping[str, Any], form: Format, wrong: list[str]) -> str | 
     if isinstance(value, str) and value.strip() and not form.answered:
         return value
     if form.prompt not in columns:
-        wrong.append(f"column '{form.prompt}' is missing; the row has {', '.join(columns) or 'no column'}")
+        beside = "; name it by task.prompt_key, or let both answers be conversations that begin with it"
+        wrong.append(f"column '{form.prompt}' is missing; the row has {', '.join(columns) or 'no column'}"
+                     f"{beside if form.pair else ''}")
     elif isinstance(value, str | list | tuple) and not value:
         wrong.append(f"column '{form.prompt}' is empty")
     elif isinstance(value, list | tuple):
@@ -210,7 +217,7 @@ def _common_prompt(columns: Mapping[str, Any], form: Format, wrong: list[str]) -
         if not isinstance(value, list | tuple):
             wrong.append(f"column '{column}' should be a conversation that ends with the answer, found "
                          f"{kind_of(value)}; or give the prompt a column of its own (task.prompt_key)")
-        elif problem := _conversation_problem(value, answered=True):
+        elif problem := _conversation_problem(value, True, "each conversation of a pair ends"):
             wrong.append(f"column '{column}': {problem}")
         else:
             found.append(tuple({name: part for name, part in m.items() if part is not None} for m in value[:-1]))
@@ -233,8 +240,8 @@ FOLLOWS: Mapping[str, frozenset[str]] = {
 """Role of a message -> roles of the next one."""
 
 
-def _conversation_problem(messages: Sequence[Any], answered: bool) -> str:
-    """What is wrong with a list of messages, or nothing."""
+def _conversation_problem(messages: Sequence[Any], answered: bool, others: str = "other rows end") -> str:
+    """What is wrong with a list of messages, or nothing; `others` end with the answer where it is `answered`."""
     before = "start"
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
@@ -252,7 +259,7 @@ def _conversation_problem(messages: Sequence[Any], answered: bool) -> str:
             return f"message {i} ('{role}') is empty"
         before = role
     if answered and before != "assistant":
-        return f"ends with '{before}', but other rows end with the assistant's answer; add the answer"
+        return f"ends with '{before}', but {others} with the assistant's answer; add the answer"
     if answered and (not messages[-1]["content"].strip() or len(messages) == 1):
         return "the assistant's answer is empty"
     if not answered and before not in ("user", "tool"):
@@ -271,7 +278,8 @@ def _answer(columns: Mapping[str, Any], column: str, wrong: list[str], whole: bo
     if isinstance(value, str) and value.strip():
         return value
     if column not in columns:
-        wrong.append(f"column '{column}' is missing; other rows have it")
+        others = f"the row has {', '.join(columns)}, and a pair has two answers" if whole else "other rows have it"
+        wrong.append(f"column '{column}' is missing; {others}")
     elif isinstance(value, str):
         wrong.append(f"column '{column}' is empty")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from posttrain.rundir import CONFIG, read_metrics, replace_text
 from posttrain.timing import Phases
 
 from posttrain_objectives.pareto.archive import ParetoArchive, Point
-from posttrain_objectives.pareto.plan import Candidate, Plan
+from posttrain_objectives.pareto.plan import Candidate, Plan, of_base
 from posttrain_objectives.pareto.soups import soup
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def _trained(plan: Plan, candidate: Candidate, registry: Registry, output: run.O
         else:
             run.train(plan.base, plan.settings_of(candidate), registry=registry, output=output)
     except run.Interrupted as stop:
-        raise run.Interrupted(f"{stop}\nor with it and all further points: posttrain pareto {plan.file}") from stop
+        raise run.Interrupted(f"{stop}\nor with it and all further points: "
+                              f"{shlex.join(['posttrain', 'pareto', str(plan.file), *plan.overrides])}") from stop
     evaluated = [record for record in read_metrics(directory) if "eval/reward/mean" in record]
     _, newest = checkpoint.published(directory / checkpoint.FOLDER)[-1]
     return _measured(plan, candidate, evaluated[-1], newest)
@@ -175,7 +177,8 @@ def _mixed(plan: Plan, candidate: Candidate, registry: Registry, output: run.Out
             soup([plan.directory / name / run.POLICY for name in candidate.mix], list(candidate.mix.values()), target)
     policy = plan.loaded.settings.policy
     other = [f"policy.{name}=''" for name in ("model", "revision") if getattr(policy, name, "")]
-    loaded = config.load(plan.base, [*other, f"policy.weights={json.dumps(str(target.resolve()))}"], registry)
+    weights = f"policy.weights={json.dumps(str(target.resolve()))}"
+    loaded = config.load(plan.base, [*of_base(plan.overrides), *other, weights], registry)
     parts = compose.build(loaded)
     parts.evaluator.sync(parts.policy.params(), parts.policy.version)
     with parts.workers, doing("evaluating"):
@@ -184,11 +187,14 @@ def _mixed(plan: Plan, candidate: Candidate, registry: Registry, output: run.Out
 
 
 def _measured(plan: Plan, candidate: Candidate, metrics: Mapping[str, Any], weights: Path) -> Point:
-    """Means over the held-out prompts, and their standard errors s / sqrt(n), s with divisor n - 1."""
-    names, n = plan.settings.objectives, plan.prompts
+    """Means over the held-out prompts to which a reward applies, and their standard errors s / sqrt(n), s with divisor
+    n - 1; none where a reward applies to one prompt alone."""
+    names = plan.settings.objectives
     values = _finite([metrics.get(f"eval/reward/{name}/mean") for name in names], names, candidate)
-    spread = _finite([metrics.get(f"eval/reward/{name}/std") for name in names], names, candidate) if n > 1 else ()
-    return Point(values, candidate.name, tuple(x / math.sqrt(n - 1) for x in spread),
+    spread = _finite([metrics.get(f"eval/reward/{name}/std") for name in names], names, candidate)
+    n = [plan.prompts - metrics.get(f"eval/reward/{name}/excluded", 0) for name in names]
+    errors = tuple(s / math.sqrt(k - 1) for s, k in zip(spread, n)) if min(n) > 1 else ()
+    return Point(values, candidate.name, errors,
                  weights.relative_to(plan.directory).as_posix())
 
 

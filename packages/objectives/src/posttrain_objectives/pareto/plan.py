@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -24,6 +24,13 @@ from posttrain.trainer import held_out
 
 DIGITS = 4
 """Decimals of drawn preferences, so that their names say them exactly."""
+BASE = "base."
+"""What a setting of the command line begins with that is one of the base."""
+LEAST = """\
+A front's file holds at least
+  base: train.yaml                  # a configuration of a training run, relative to this file
+  objectives: [accuracy, brevity]   # rewards of it, which are maximised
+  reference: [0.0, -100.0]          # for each a mean that a useful policy exceeds"""
 
 
 @final
@@ -111,6 +118,8 @@ class Plan:
     """Held-out prompts that means are over."""
     candidates: tuple[Candidate, ...]
     """A soup stands behind the runs that it mixes."""
+    overrides: tuple[str, ...] = ()
+    """`key=value` over the file, as the command was given them."""
 
     @property
     def name(self) -> str:
@@ -120,7 +129,7 @@ class Plan:
     def settings_of(self, candidate: Candidate) -> list[str]:
         """All settings over the base for a candidate's run: evaluated at its end, in its own folder, and marked in
         MLflow as one of this front."""
-        own = [*candidate.settings, f"run={json.dumps(str(self.directory / candidate.name))}"]
+        own = [*of_base(self.overrides), *candidate.settings, f"run={json.dumps(str(self.directory / candidate.name))}"]
         if not self.loaded.settings.evaluate.every:
             own.append(f"evaluate.every={self.loaded.settings.steps}")
         return own + [f"{key}.tags.front={json.dumps(self.name)}"
@@ -134,13 +143,14 @@ class Plan:
 
 
 def read(file: Path, overrides: Sequence[str], registry: Registry) -> Plan:
-    """The plan of a front's file and of `key=value` settings over it. Raises `ConfigError`, with every problem of the
-    file at once, and what the base configuration, or one with a candidate's settings, raises."""
-    settings = _settings(file, overrides)
+    """The plan of a front's file and of `key=value` settings over it, `base.KEY=value` over its base. Raises
+    `ConfigError`, with every problem of the file at once, and what the base configuration, or one with a candidate's
+    settings, raises."""
+    settings = _settings(file, [text for text in overrides if not text.startswith(BASE)])
     base = file.resolve().parent / settings.base
     if not base.is_file():
         raise ConfigError([Problem(f"base: no such file: {base}", str(file))])
-    loaded = config.load(base, (), registry)
+    loaded = config.load(base, of_base(overrides), registry)
     problems = _of_base(settings, loaded)
     if problems:
         raise ConfigError(problems, f"{file} cannot be run with {base.name}:" if len(problems) > 1 else "")
@@ -151,7 +161,7 @@ def read(file: Path, overrides: Sequence[str], registry: Registry) -> Plan:
     if not prompts:
         raise ConfigError([Problem("a front is compared on held-out prompts, and the task holds none out; give "
                                    "task.held_out or task.held_out_fraction", base.name)])
-    plan = Plan(settings, file, directory, base, loaded, prompts, candidates)
+    plan = Plan(settings, file, directory, base, loaded, prompts, candidates, tuple(overrides))
     for candidate in candidates:
         if not candidate.mix:  # all of them before the first is trained
             try:
@@ -160,6 +170,15 @@ def read(file: Path, overrides: Sequence[str], registry: Registry) -> Plan:
                 raise ConfigError(error.problems, f"{base.name} cannot be run for the point {candidate.name}:"
                                   ) from error
     return plan
+
+
+def of_base(overrides: Sequence[str]) -> list[str]:
+    """Those of the settings that are the base's, under its own names.
+
+    >>> of_base(["divisions=8", "base.steps=3"])
+    ['steps=3']
+    """
+    return [text.removeprefix(BASE) for text in overrides if text.startswith(BASE)]
 
 
 def grid(objectives: int, divisions: int) -> Iterator[tuple[float, ...]]:
@@ -223,13 +242,17 @@ METHODS: Mapping[str, Callable[[FrontSettings, config.Loaded], Iterator[Candidat
 
 def _weighted(objectives: Sequence[str], w: Sequence[float], loaded: config.Loaded) -> Candidate:
     """A run in which each objective's own weight is multiplied by its preference."""
-    settings = loaded.settings
-    if settings.combiner is None:
-        key, own = "rewards.{}.weight", {name: settings.rewards[name].weight for name in objectives}
-    else:
-        key, own = "combiner.weights.{}", {name: settings.combiner.weights.get(name, 1.0) for name in objectives}
+    own = _own(objectives, loaded)
     return Candidate(_name("weights", objectives, w),
-                     tuple(f"{key.format(name)}={float(x) * own[name]!r}" for name, x in zip(objectives, w)))
+                     tuple(f"{key}={float(x) * weight!r}" for (key, weight), x in zip(own, w)))
+
+
+def _own(objectives: Sequence[str], loaded: config.Loaded) -> list[tuple[str, float]]:
+    """Of each objective the key of its weight in the base, and the weight."""
+    settings = loaded.settings
+    if settings.combiner is None or "weights" not in {f.name for f in fields(settings.combiner)}:
+        return [(f"rewards.{name}.weight", settings.rewards[name].weight) for name in objectives]
+    return [(f"combiner.weights.{name}", settings.combiner.weights.get(name, 1.0)) for name in objectives]
 
 
 def _name(what: str, objectives: Sequence[str], w: Sequence[float]) -> str:
@@ -244,11 +267,17 @@ def _settings(file: Path, overrides: Sequence[str]) -> FrontSettings:
     given += [layer for text in overrides for layer in layers.read_setting(text, Path.cwd(), reading)]
     tree, marks = layers.merge(given, reading.problems)
     values: dict[str, Any] = layers.resolve(tree, marks, reading.problems)
+    absent = [f.name for f in fields(FrontSettings)
+              if f.default is MISSING is f.default_factory and f.name not in values]
+    if absent and (tree or not reading.problems):
+        reading.problems.append(Problem(f"{', '.join(absent)} must be given", str(file)))
     def report(key: Key, message: str) -> None:
-        reading.problems.append(Problem(message, layers.where(marks, key) or str(file)))
+        if key or not absent:  # else it says once more what is absent
+            reading.problems.append(Problem(message, layers.where(marks, key) or str(file)))
     settings = construct(FrontSettings, values, (), report) if given else None
     if reading.problems or settings is None:
-        raise ConfigError(reading.problems, f"{file} cannot be run:" if len(reading.problems) > 1 else "")
+        raise ConfigError(reading.problems, f"{file} cannot be run:" if len(reading.problems) > 1 else "",
+                          LEAST if given and absent else "")
     return settings  # type: ignore[no-any-return]  # of its first argument
 
 
@@ -262,13 +291,22 @@ def _of_base(settings: FrontSettings, loaded: config.Loaded) -> list[Problem]:
     if settings.method == "soups" and "weights" not in {f.name for f in fields(base.policy)}:
         problems.append(Problem("method: soups loads mixed weights into the policy, and the base's backend has no "
                                 "field weights; use another backend or method"))
-    if problems or settings.method == "epsilon_constraint":
+    if problems:
         return problems
+    if settings.method == "epsilon_constraint":
+        return _of_weights([name for name in settings.objectives if name not in settings.levels], loaded)
     if base.gradient_combiner is not None:
         return [Problem(f"method: {settings.method} weighs rewards, and the base's gradient_combiner weighs them by "
                         "itself; leave it out, or use method: epsilon_constraint")]
     if base.combiner is not None and "weights" not in {f.name for f in fields(base.combiner)}:
         return [Problem(f"method: {settings.method} weighs rewards, and the base's combiner has no field weights; use "
                         "another one, or none")]
-    return [Problem(f"objectives: rewards.{name}.weight is 0 in the base, and preferences multiply it")
-            for name in settings.objectives if base.combiner is None and not rewards[name].weight]
+    return _of_weights(settings.objectives, loaded)
+
+
+def _of_weights(objectives: Sequence[str], loaded: config.Loaded) -> list[Problem]:
+    """Objectives that the base would not maximise, while the front does."""
+    return [Problem(f"objectives: {key} is {weight:g} in the base, but an objective is maximised, so its weight must "
+                    "be positive" + ("; write the reward with the other sign: a function that returns minus the "
+                                     "length, or `use: length` with soft_limit and hard_limit" if weight < 0 else ""))
+            for key, weight in _own(objectives, loaded) if not weight > 0]
