@@ -413,13 +413,15 @@ def test_busy_workers_end_with_the_pool(forked: Make) -> None:
     """Ctrl-C while a reward hangs."""
     entry = forked("deeds", timeout=60)
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with pytest.raises(KeyboardInterrupt), Pool([entry], count=2) as pool:
-            pool._start()  # an interrupt that comes while Python forks may be lost
+            pool._start()
             signal.setitimer(signal.ITIMER_REAL, 0.8)
             score(rollouts({5: "sleep"}), [entry], pool)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, ctrl_c)
         signal.signal(signal.SIGALRM, before)
     assert not children()
 
