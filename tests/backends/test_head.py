@@ -1,11 +1,13 @@
-"""Chunked log-probs and entropies against the naive form: values, gradients, and the largest array that exists."""
+"""Chunked log-probs, entropies and KLs against the naive form: values, gradients, and the largest array that exists."""
 
 from __future__ import annotations
+
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
-from posttrain_backends._torch.head import CHUNK_CELLS, chosen_logprobs, chunk_rows
+from posttrain_backends._torch.head import CHUNK_CELLS, Readout, chosen_logprobs, chunk_rows, compared_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
@@ -117,6 +119,129 @@ class Largest(TorchDispatchMode):
         made = out if isinstance(out, tuple | list) else (out,)
         self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
         return out
+
+
+def reference(N: int, V: int = 19, H: int = 9, dtype: torch.dtype = torch.float64) -> Readout:
+    """Of another width than the policy."""
+    r = np.random.default_rng(N + V + 1)
+    return Readout(*(torch.tensor(r.normal(size=s), dtype=dtype) for s in ((N, H), (V, H))), dtype)
+
+
+def dense_kl(hidden, weight, other, temperature):
+    """sum p (log p - log q), with every logit in memory."""
+    log_p, log_q = (torch.log_softmax(h @ w.t() / temperature, -1) for h, w in (
+        (hidden, weight), (other.hidden.to(hidden.dtype), other.weight.to(hidden.dtype))))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 12, 13, 50, 0])
+def test_the_kl_and_its_gradient_are_those_of_the_dense_form_in_float64(dtype, tolerance, temperature, rows):
+    hidden, weight, chosen = inputs(13, dtype=dtype)
+    r = np.random.default_rng(3)
+    by_logprob, by_entropy, by_kl = (torch.tensor(r.normal(size=13)) for _ in range(3))
+    results = []
+    for dense in (False, True):
+        h, w = ((x.detach().double() if dense else x.detach()).requires_grad_() for x in (hidden, weight))
+        other = reference(13, dtype=dtype)
+        out = (*naive(h, w, chosen, temperature), dense_kl(h, w, other, temperature)) if dense else compared_logprobs(
+            h, w, chosen, other, temperature=temperature, rows=rows, entropy=True)
+        together = sum((by.to(x.dtype) * x).sum() for by, x in zip((by_logprob, by_entropy, by_kl), out, strict=True))
+        alone = torch.autograd.grad((by_kl.to(out[2].dtype) * out[2]).sum(), (h, w), retain_graph=True)
+        results.append((*out, *alone, *torch.autograd.grad(together, (h, w))))
+    for ours, exact in zip(*results, strict=True):
+        scale = max(1.0, float(exact.detach().abs().max()))
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_gradcheck_of_the_kl_and_none_of_the_reference(entropy):
+    hidden, weight, chosen = inputs(5, V=4, H=3)
+    other = reference(5, V=4)
+    other.hidden.requires_grad_(), other.weight.requires_grad_()
+    def all_of(h, w):
+        return [x for x in compared_logprobs(h, w, chosen, other, rows=2, entropy=entropy, temperature=1.3)
+                if x is not None]
+    assert torch.autograd.gradcheck(all_of, (hidden, weight))
+    total = sum(x.sum() for x in all_of(hidden, weight))
+    first = torch.autograd.grad(total, weight, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(total, weight, retain_graph=True)[0])
+    total.backward()
+    assert other.hidden.grad is None and other.weight.grad is None
+
+
+def test_logprobs_and_entropy_beside_a_kl_are_those_without():
+    hidden, weight, chosen = inputs(13)
+    alone = chosen_logprobs(hidden, weight, chosen, rows=4, entropy=True)
+    beside = compared_logprobs(hidden, weight, chosen, reference(13), rows=4, entropy=True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=False))
+    for i in (0, 1):
+        gradients = [torch.autograd.grad(out[i].sum(), weight, retain_graph=True)[0] for out in (alone, beside)]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_model_has_no_kl_to_itself(compute):
+    hidden, weight, chosen = inputs(13, dtype=torch.float32)
+    same = Readout(hidden.detach().clone(), weight.detach().clone(), compute)
+    _, _, kl = compared_logprobs(hidden, weight, chosen, same, rows=4, compute=compute, temperature=0.9)
+    kl.sum().backward()
+    assert not kl.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_a_kl_of_distributions_without_overlap_is_finite():
+    hidden, weight = torch.full((2, 1), 1e3, requires_grad=True), torch.tensor([[1.0], [-1.0]])
+    other = Readout(torch.full((2, 1), -1e3), weight, torch.float32)
+    _, _, kl = compared_logprobs(hidden, weight, torch.tensor([0, 1]), other)
+    kl.sum().backward()
+    assert kl.tolist() == [2000.0, 2000.0] and torch.isfinite(hidden.grad).all()
+
+
+def test_the_kl_of_bfloat16_matrices():
+    hidden, weight, chosen = inputs(40, V=64, H=16, dtype=torch.float32)
+    other = reference(40, V=64, dtype=torch.float32)
+    _, _, kl = compared_logprobs(hidden, weight, chosen, Readout(other.hidden, other.weight, torch.bfloat16),
+                                 compute=torch.bfloat16, rows=8)
+    kl.sum().backward()
+    exact = dense_kl(hidden, weight, other, 1.0)
+    reference_gradients = torch.autograd.grad(exact.sum(), (hidden, weight))
+    assert kl.dtype == weight.grad.dtype == torch.float32 and kl.min() >= 0
+    assert 0 < ((kl - exact).abs() / exact).max() < 0.03
+    for ours, dense in zip((hidden.grad, weight.grad), reference_gradients, strict=True):
+        assert (ours - dense).norm() < 0.02 * dense.norm()
+
+
+class Alive(TorchDispatchMode):
+    """The most arrays of at least `elements` that were alive together, by their storages."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.most, self.storages = elements, 0, WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and x.numel() >= self.elements:
+                self.storages.add(x.untyped_storage())
+        self.most = max(self.most, len(self.storages))
+        return out
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_kl_holds_two_more_chunks_of_logits(entropy):
+    N, V, rows = 96, 512, 16
+    hidden, weight, chosen = inputs(N, V=V, H=4)
+    other, most = reference(N, V=V, H=4), []
+    for compared in (False, True):
+        with Alive(rows * V) as alive, Largest() as largest:
+            out = compared_logprobs(hidden, weight, chosen, other, rows=rows, entropy=entropy) if compared else \
+                chosen_logprobs(hidden, weight, chosen, rows=rows, entropy=entropy)
+            sum(x.sum() for x in out if x is not None).backward()
+        most.append(alive.most)
+        assert largest.elements == rows * V
+    assert most[1] - most[0] <= 2, most
 
 
 @pytest.mark.parametrize("entropy", [False, True])

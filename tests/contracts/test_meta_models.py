@@ -12,7 +12,7 @@ import posttrain.toy
 import pytest
 from posttrain.data import FINISH, Metrics, offsets_of
 from posttrain.errors import ConfigError
-from posttrain.protocols import LoadRequest
+from posttrain.protocols import LoadRequest, Output
 from posttrain.testing import BackendContract, EngineContract, failures
 from posttrain.toy.engine import ToyEngine, ToySampler
 from posttrain.toy.policy import TABLE, VALUES, Toy, ToyLearner
@@ -35,8 +35,8 @@ class OnToyEngine(EngineContract):
     tolerance = 1e-6
 
 
-def backend(**members: Any) -> Any:
-    """The toy backend, whose learner has other members."""
+def backend(promises: frozenset[Output] = frozenset(), **members: Any) -> Any:
+    """The toy backend, whose learner has other members; it promises more outputs than it has."""
     learner = type("BrokenLearner", (ToyLearner,), members)
 
     @final
@@ -47,7 +47,7 @@ def backend(**members: Any) -> Any:
         weights: str = ""
         """A folder."""
         framework = property(lambda self: "numpy")
-        provides = property(lambda self: Toy().provides)
+        provides = property(lambda self: Toy().provides | promises)
 
         def load(self, request: LoadRequest) -> ToyLearner:
             made = learner(request.vocab_size, request.value_heads, request.optimization, request.comm)
@@ -508,6 +508,13 @@ def test_a_broken_engine_is_found(bug: str, test: str, component: Any) -> None:
 
 
 # ---- and nothing else
+
+
+def test_a_comparison_that_is_promised_and_not_there_is_found() -> None:
+    """What a comparison itself may do wrong is tried on a backend that has one, in `test_models.py`."""
+    test = "test_the_kl_to_a_reference_is_that_of_the_vocabulary"
+    (found, message), = failures(OnToy, backend(promises=frozenset({Output.REFERENCE_KL})), only=test)
+    assert found == test and "has no compare_with(reference)" in message
 
 
 def test_the_right_ones_pass(tmp_path: Path) -> None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from posttrain.testing import BackendContract, EngineContract
+from posttrain.testing import BackendContract, EngineContract, failures
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from posttrain_backends.engines import Batched  # after the check that the libraries are there
+from posttrain_backends._torch import learner  # after the check that the libraries are there
+from posttrain_backends._torch.head import Readout, compared_logprobs
+from posttrain_backends.engines import Batched
 from posttrain_backends.hf import HF, Lora
 from posttrain_backends.torch_native import Torch
 
@@ -48,6 +51,23 @@ class TestTorch(BackendContract):
 
     def reloaded(self, component: Torch, folder: Path) -> Torch:
         return Torch(weights=str(folder), device="cpu", precision=component.precision)
+
+
+WRONG_COMPARISONS: Mapping[str, Callable[..., Any]] = {
+    "the reference at another temperature": lambda h, w, c, reference, *, temperature, **how: compared_logprobs(
+        h, w, c, replace(reference, hidden=temperature * reference.hidden), temperature=temperature, **how),
+    "the KL to the policy": lambda h, w, c, reference, *, compute, **how: (
+        *compared_logprobs(h, w, c, reference, compute=compute, **how)[:2],
+        compared_logprobs(reference.hidden, reference.weight, c, Readout(h, w, compute), **how)[2]),
+    "no gradient": lambda *given, **how: tuple(
+        x.detach() if i == 2 else x for i, x in enumerate(compared_logprobs(*given, **how)))}
+
+
+@pytest.mark.parametrize("bug", WRONG_COMPARISONS)
+def test_a_wrong_comparison_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = "test_the_kl_to_a_reference_is_that_of_the_vocabulary"
+    monkeypatch.setattr(learner, "compared_logprobs", WRONG_COMPARISONS[bug])
+    assert [name for name, _ in failures(TestTorch, NATIVE, only=test)] == [test]
 
 
 class TestHF(BackendContract):

@@ -95,6 +95,19 @@ LORA = {"use": "lora", "rank": 4}
 KL = {"use": "fixed", "placement": "reward", "coef": 0.1}
 
 
+def test_the_kl_over_the_vocabulary_to_the_policy_without_its_adapter(base, tmp_path):
+    """Resumed bit for bit; that it is the one with a reference of its own is tested where one step is."""
+    whole, cut = ({**settings(base, tmp_path / name, adapter=LORA), "update": {"epochs": 2},
+                   "kl": {**KL, "placement": "loss", "estimator": "exact"}} for name in ("whole", "cut"))
+    posttrain.train(whole, output="quiet")
+    posttrain.train({**cut, "steps": 2}, output="quiet")
+    posttrain.resume(tmp_path / "cut", ["steps=4"], output="quiet")
+    found = [metrics(tmp_path / name) for name in ("whole", "cut")]
+    assert found[0] == found[1] and len(found[0]) == 4 and found[0][3]["kl/reference"] > 1e-6
+    weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("critic", [False, True], ids=["no critic", "shared critic"])
 def test_the_reference_of_an_adapter_is_the_policy_without_it_and_loads_nothing(critic, base, tmp_path, monkeypatch):
     from posttrain_backends._torch import hf_loading

@@ -138,7 +138,8 @@ def test_several_rewards_take_their_kl_in_the_loss(tmp_path: Path, placement: st
     ({"use": "fixed", "placement": "loss", "estimator": "k1"}, "expected gradient of k1 as a loss is zero"),
     ({"use": "pid", "placement": "reward", "estimator": "k3"}, "k3 as a reward also punishes actions"),
     ({"use": "dual", "placement": "advantage", "estimator": "seq_k2"}, "seq_k2 as an advantage says how far"),
-    ({"use": "band", "placement": "loss", "estimator": "exact"}, "probabilities of the whole vocabulary"),
+    ({"use": "band", "placement": "reward", "estimator": "exact"}, "exact as a reward is one number for all actions"),
+    ({"use": "band", "placement": "loss", "estimator": "exact", "off_policy": "ratio"}, "leave off_policy: none"),
     ({"use": "linear", "placement": "reward", "off_policy": "ratio"}, "off_policy ratio belongs to placement loss"),
 ])
 def test_a_combination_that_is_wrong_is_told_before_anything_is_loaded(tmp_path: Path, kl: dict[str, Any],

@@ -6,6 +6,7 @@ What their gradients are is `test_kl_gradients.py`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import pytest
 from frameworks import FRAMEWORKS, in_float64
 from objectives.cases import micro_batch, random_case
 from posttrain.data import TokenOutputs
-from posttrain.loss import KLTerm, NoKL
+from posttrain.loss import KLTerm, NoKL, over_vocabulary
 from posttrain.ops import ops_of
-from posttrain.protocols import Compared
+from posttrain.protocols import Compared, Output
 from posttrain_objectives.kl import PIDKL, AdaptiveKL, BandKL, DualKL, EntropyKL, FixedKL
 from posttrain_objectives.kl_estimators import ESTIMATORS, divergence
 from posttrain_objectives.kl_schedules import ScheduledKL
@@ -137,10 +138,11 @@ def test_gradients_at_the_clamp() -> None:
     ("advantage", "seq_k2", "none", "not on which side.*k1.*placement: loss"),
     ("reward", "auto", "ratio", "off_policy ratio belongs to placement loss.*off_policy: none"),
     ("advantage", "k1", "ratio", "off_policy ratio belongs to placement loss.*off_policy: none"),
-    ("loss", "exact", "none", "whole vocabulary.*estimator: k2.*k1"),
-    ("reward", "exact", "none", "whole vocabulary.*estimator: k2.*k1"),
+    ("reward", "exact", "none", "exact as a reward is one number for all actions.*k1.*placement: loss"),
+    ("advantage", "exact", "none", "exact as an advantage is one number for all actions.*k1.*placement: loss"),
+    ("loss", "exact", "ratio", "exact sums over all actions.*only add noise.*off_policy: none"),
     ("los", "auto", "none", "did you mean 'loss'"),
-    ("loss", "k4", "none", r"auto, k1, k2, k3, k3\+, seq_k2"),
+    ("loss", "k4", "none", r"auto, k1, k2, k3, k3\+, seq_k2, exact"),
     ("loss", "k2", "ration", "did you mean 'ratio'"),
 ])
 def test_misleading_combinations_are_refused_with_a_way_out(component: Any, placement: str, estimator: str,
@@ -164,6 +166,31 @@ def test_the_term_in_the_loss_is_the_weighted_sum_and_reports_how_much_is_clampe
     k = d**2 / 2 if estimator == "k2" else np.repeat([d[:2].sum()**2 / 4, d[2:].sum()**2 / 6], [2, 3])
     assert KLTerm(kl).unit == kl.unit and float(loss.terms["kl"].total) == pytest.approx(weight @ k, rel=1e-13)
     assert loss.terms["kl"].coef == 0.3 and loss.metrics["kl/clamped"] == (2.0, 4.0)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_kl_over_the_vocabulary_is_the_learners_and_is_measured(component: Any) -> None:
+    """No log-prob of the reference is read. Actions without weight, as a backend pads, are not counted."""
+    kl = component(placement="loss", estimator="exact")
+    case = random_case(4, lengths=(2, 3))
+    weight, k = np.array([0.2, 0.3, 0.1, 0.4, 0.0]), np.array([0.5, 0.1, 0.0, 2.0, 7.0])
+    part = micro_batch(case.with_columns(weight=weight, kl_weight=weight, value_weight=weight), np.asarray)
+    logp, term = case.outputs["logprobs"], KLTerm(kl)
+    loss = term(ops_of(logp), TokenOutputs(logp, reference_kl=k), replace(part, ref_logprobs=None),
+                {"kl": np.float64(0.3)})
+    assert term.unit == "action" and not term.needs and term.outputs == {Output.REFERENCE_KL}
+    assert float(loss.terms["kl"].total) == pytest.approx(weight @ k, rel=1e-14)
+    total, n = loss.metrics["kl/reference"]
+    assert (float(total), float(n)) == (pytest.approx(2.6), 4.0) and len(loss.metrics) == 1
+    with pytest.raises(ValueError, match="a learner that was told its reference"):
+        kl.divergence(ops_of(logp), logp, compared(np.zeros(6)))
+
+
+def test_only_exact_looks_at_the_whole_vocabulary() -> None:
+    for name in ESTIMATORS:
+        assert not FixedKL(placement="loss", estimator=name, off_policy="ratio").over_vocabulary
+    assert not over_vocabulary(NoKL()) and not FixedKL().over_vocabulary
+    assert over_vocabulary(FixedKL(placement="loss", estimator="exact"))
 
 
 def test_no_kl_adds_nothing() -> None:

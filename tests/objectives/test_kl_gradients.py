@@ -96,7 +96,13 @@ def partial_forward(t: Tables) -> np.ndarray:
 
 def compared(t: Tables, old: Tensor | None = None) -> Compared:
     return Compared(of_actions(t.ref), torch.tensor(EPISODE), torch.tensor(LENGTHS),
-                    None if old is None else of_actions(old))
+                    None if old is None else of_actions(old), over_vocabulary(t))
+
+
+def over_vocabulary(t: Tables) -> Tensor:
+    """[N] the KL at the prefix of each action, differentiable."""
+    logp, logq = torch.log_softmax(t.theta, -1), torch.log_softmax(t.ref, -1)
+    return (logp.exp() * (logp - logq)).sum(-1)[PREFIX]
 
 
 def in_the_loss(kl: FixedKL, t: Tables, old: Tensor | None = None) -> np.ndarray:
@@ -146,6 +152,7 @@ ON_POLICY: dict[str, tuple[FixedKL, Callable[[Tables], np.ndarray]]] = {
     "k3+": (loss_kl("k3+"), lambda t: partial(t, t.theta)),
     "seq_k2": (loss_kl("seq_k2"), exact),
     "k3": (loss_kl("k3"), partial_forward),
+    "exact": (loss_kl("exact"), lambda t: partial(t, t.theta)),
     **{f"{name} ratio": (loss_kl(name, "ratio"), lambda t: partial(t, t.theta)) for name in ("k1", "k2", "k3", "k3+")},
     "seq_k2 ratio": (loss_kl("seq_k2", "ratio"), exact)}
 
@@ -175,6 +182,40 @@ def test_gradient_in_the_loss_off_policy(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_the_kl_over_the_vocabulary_needs_no_ratio(seed: int) -> None:
+    """Episodes drawn by pi_old, and no ratio of actions: each prefix has its own KL already. A ratio, differentiated or
+    not, is the same in expectation."""
+    t = tables(seed)
+    assert relative_error(in_the_loss(loss_kl("exact"), t, t.old), partial(t, t.old)) < 1e-13
+    rho = (of_actions(t.theta) - of_actions(t.old)).exp()
+    for ratio in (rho, rho.detach()):
+        weighed = gradient((probability(t.old)[EPISODE] * ratio * over_vocabulary(t)).sum(), t.theta)
+        assert relative_error(weighed, partial(t, t.old)) < 1e-13
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_kl_over_the_vocabulary_does_not_depend_on_the_action_drawn(seed: int) -> None:
+    """Its gradient at a prefix is what k2 has on average over actions, without the scatter of it."""
+    t = tables(seed)
+    for name, scatters in (("exact", False), ("k2", True)):
+        logp = of_actions(t.theta)
+        k = loss_kl(name).divergence(ops_of(logp), logp, compared(t))
+        first = [gradient(k[i], t.theta) for i in np.flatnonzero(PREFIX == 0)]
+        assert (max(np.abs(g - first[0]).max() for g in first) > 1e-3) == scatters
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_kl_over_the_vocabulary_as_a_cost_misses_each_actions_own(seed: int) -> None:
+    """As an advantage it does nothing at all; as a reward, what is left is the effect on later actions."""
+    t = tables(seed)
+    k = over_vocabulary(t).detach()
+    assert np.abs(policy_gradient(t, k)).max() < 1e-14
+    left = policy_gradient(t, to_go(k))
+    assert relative_error(left, exact(t)) > 0.3
+    assert relative_error(left + partial(t, t.theta), exact(t)) < 1e-13
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_k1_in_the_reward_has_the_exact_gradient(seed: int) -> None:
     t = tables(seed)
     assert relative_error(policy_gradient(t, to_go(cost(FixedKL(), t))), exact(t)) < 1e-13
@@ -193,7 +234,7 @@ def test_every_allowed_combination_is_tested_here() -> None:
     tested |= {("reward", "k1", "none"), ("advantage", "k1", "none")}
     allowed = {("loss", name, "ratio") for name in ESTIMATORS} | {
         (placement, name, "none") for placement in ("loss", "reward", "advantage") for name in ESTIMATORS
-        if (placement, name) not in FORBIDDEN}
+        if (placement, name) not in FORBIDDEN} | {("loss", "exact", "none")}
     assert tested == allowed
 
 

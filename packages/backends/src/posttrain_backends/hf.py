@@ -98,7 +98,7 @@ class HF:
     @property
     def provides(self) -> frozenset[Output]:
         return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
-                          Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES})
+                          Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""

@@ -17,10 +17,11 @@ from posttrain.config import SHARED_CRITIC, Loaded
 from posttrain.constrained import Bound, limits_of
 from posttrain.errors import ConfigError, PluginError, PosttrainError, Problem
 from posttrain.layers import slots
-from posttrain.loss import KLTerm, Measured, Sum
+from posttrain.loss import KLTerm, Measured, Sum, over_vocabulary
 from posttrain.progress import doing
 from posttrain.protocols import (
     Adapted,
+    Comparing,
     Learner,
     Limited,
     LoadRequest,
@@ -77,7 +78,8 @@ def needs_of(settings: Settings) -> frozenset[Need]:
     if settings.correction is not None:
         needs |= settings.correction.needs
     if settings.kl.placement != "none":
-        needs |= {Need.REF_LOGPROBS}
+        if settings.replay.capacity > 0 or not over_vocabulary(settings.kl):
+            needs |= {Need.REF_LOGPROBS}
         if settings.reference_update.moves or settings.replay.capacity > 0:  # measured apart from the loss
             needs |= {Need.LOGPROBS}
     recomputed = optimiser_steps(settings) > 1 and not ratio_to_sampler(settings)
@@ -157,6 +159,7 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     problems += _check_off_policy(loaded)
     problems += _check_final_scores(loaded)
     problems += _check_constraint(loaded)
+    problems += _check_vocabulary_kl(loaded)
     if settings.combiner is not None and settings.gradient_combiner is not None:
         problems.append(Problem("combiner mixes advantages and gradient_combiner mixes gradients; choose one"))
     if settings.gradient_combiner is not None and "slots" not in {f.name for f in fields(settings.objective)}:
@@ -287,6 +290,26 @@ def _check_constraint(loaded: Loaded) -> list[Problem]:
     return problems
 
 
+def _check_vocabulary_kl(loaded: Loaded) -> list[Problem]:
+    """A KL over the whole vocabulary is said by the policy's learner, which must be able to read the reference."""
+    settings, problems = loaded.settings, []
+    if not over_vocabulary(settings.kl):
+        return []
+    instead = "use estimator: k2 (placement: loss), which looks at sampled actions and has the same expected gradient"
+    if settings.kl.placement != "loss":
+        problems.append(Problem(f"kl '{_name(loaded, 'kl')}' is over the whole vocabulary, which is there in the loss "
+                                f"alone, and its placement is {settings.kl.placement}; set placement: loss"))
+    if Output.REFERENCE_KL not in settings.policy.provides:
+        problems.append(Problem(f"kl '{_name(loaded, 'kl')}' is over the whole vocabulary, which backend "
+                                f"'{_name(loaded, 'policy')}' does not compare with a reference; {instead}, or policy: "
+                                "torch or policy: hf"))
+    elif settings.reference is not None and settings.reference.framework != settings.policy.framework:
+        problems.append(Problem(f"kl '{_name(loaded, 'kl')}' is over the whole vocabulary, and the reference is of "
+                                f"{settings.reference.framework} where the policy is of {settings.policy.framework}; "
+                                f"{instead}"))
+    return problems
+
+
 def _check_critic(loaded: Loaded) -> list[Problem]:
     """A critic is there exactly where the estimator asks for values, and is trained on what it gives."""
     settings, estimator = loaded.settings, _name(loaded, "estimator")
@@ -346,7 +369,8 @@ def objective_of(settings: Settings, registry: Registry) -> Sum:
     if settings.update.entropy_coef:
         parts.append(registry.create("objective", "entropy"))
     measured_before = Need.LOGPROBS in needs_of(settings)  # then the KL is measured once, before the update
-    return Sum((*parts, Measured(reference=settings.kl.placement != "none" and not measured_before)))
+    by_sampling = settings.kl.placement != "none" and not over_vocabulary(settings.kl)
+    return Sum((*parts, Measured(reference=by_sampling and not measured_before)))
 
 
 def optimization_of(settings: Settings, block: Optimization) -> Optimization:
@@ -421,6 +445,15 @@ def reference_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> Score
     return reference
 
 
+def compare(policy: Learner, reference: Scorer) -> None:
+    """Tell the policy's learner its reference. Raises `ConfigError` where it cannot be compared with it."""
+    learner: object = policy
+    if not isinstance(learner, Comparing):
+        raise ConfigError([f"policy: a {type(policy).__name__} cannot be compared with a reference over the whole "
+                           "vocabulary"], next_step="Take a KL that looks at sampled actions alone: kl.estimator=k2.")
+    learner.compare_with(reference)
+
+
 def require_logprobs(loaded: Loaded, policy: Scorer) -> None:
     """Raise `ConfigError` where the loaded policy is a model of values alone, which some backends load as critics and
     as reward models."""
@@ -468,7 +501,11 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
                 request, value_heads=len(columns), optimization=optimization_of(settings, block)))
         trained.append(Trained(learner, Sum((settings.value_objective,)), prefix="critic/"))
         critic = learner
-    reference, initial = references_of(loaded, policy, request) if Need.REF_LOGPROBS in needs else (None, None)
+    over_all = settings.loop == "rl" and over_vocabulary(settings.kl)
+    compared = over_all or Need.REF_LOGPROBS in needs
+    reference, initial = references_of(loaded, policy, request) if compared else (None, None)
+    if over_all and reference is not None:
+        compare(policy, reference)
     engine = settings.rollout.engine if Output.LOGPROBS in policy.provides else Mute()
     stale = settings.rollout.staleness > 0
     with importing(loaded, "rollout.engine"):

@@ -362,6 +362,8 @@ class TokenOutputs:
     """[N]"""
     entropy: Array | None = None
     """[N]"""
+    reference_kl: Array | None = None
+    """[N] KL(policy || reference) over the whole vocabulary, before each action."""
     values: Array | None = None
     """[k, N] value of the state before each action, one row per reward column."""
     bootstrap_values: Array | None = None

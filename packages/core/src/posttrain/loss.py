@@ -15,12 +15,14 @@ from posttrain.batching import coarsest
 from posttrain.data import Array, Counts, Loss, MicroBatch, Term, TokenOutputs, Weights
 from posttrain.errors import ConfigError
 from posttrain.ops import Ops
-from posttrain.protocols import KL, Compared, Need, Objective, Output
+from posttrain.protocols import KL, Compared, Need, Objective, Output, OverVocabulary
 
 __all__ = ["SHARED"]
 """What authors of backends may import; the rest is for the loop."""
 
 SHARED = "shared"
+REFERENCE_KL = "kl/reference"
+"""The metric that holds the mean KL to the reference per action."""
 MAX_LOG_RATIO = 20.0
 """A log-ratio counts as this one in `exp`, where a larger one would leave float32."""
 
@@ -32,6 +34,12 @@ def k3(xp: Any, d: Array) -> Array:
     """
     d = xp.clip(d, None, MAX_LOG_RATIO)
     return xp.expm1(d) - d
+
+
+def over_vocabulary(kl: KL[Any]) -> bool:
+    """Whether a KL looks at all actions of a state, and so needs the reference's probabilities of all of them."""
+    asked: object = kl
+    return isinstance(asked, OverVocabulary) and asked.over_vocabulary
 
 
 @final
@@ -71,13 +79,20 @@ class NoKL:
 class KLTerm:
     """`coef["kl"] * sum(kl_weight * divergence)`, for a KL placed in the loss.
 
-    Metric: `kl/clamped`, the fraction of actions whose log-ratio is beyond what `exp` is given.
+    Metric: `kl/clamped`, the fraction of actions whose log-ratio is beyond what `exp` is given; or, of a KL over the
+    whole vocabulary, which has no such, `kl/reference`, its mean.
     """
 
     kl: KL[Any]
-    needs: frozenset[Need] = frozenset({Need.REF_LOGPROBS})
-    outputs: frozenset[Output] = frozenset({Output.LOGPROBS})
     slots: tuple[str, ...] = (SHARED,)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset() if over_vocabulary(self.kl) else frozenset({Need.REF_LOGPROBS})
+
+    @property
+    def outputs(self) -> frozenset[Output]:
+        return frozenset({Output.REFERENCE_KL if over_vocabulary(self.kl) else Output.LOGPROBS})
 
     @property
     def unit(self) -> Literal["action", "episode", "group"]:
@@ -88,9 +103,13 @@ class KLTerm:
 
     def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
         xp = ops.xp
-        compared = Compared(batch.ref_logprobs, batch.episode, batch.count, batch.old_logprobs)
+        compared = Compared(batch.ref_logprobs, batch.episode, batch.count, batch.old_logprobs, out.reference_kl)
         total = xp.sum(batch.kl_weight * self.kl.divergence(ops, out.logprobs, compared))
         real = batch.kl_weight > 0
+        if over_vocabulary(self.kl):
+            mask = xp.astype(real, total.dtype)
+            measured = {REFERENCE_KL: (xp.sum(mask * ops.stop_gradient(out.reference_kl)), xp.sum(mask))}
+            return Loss({"kl": Term(total, coef["kl"], SHARED)}, measured)
         far = real & (xp.abs(batch.ref_logprobs - ops.stop_gradient(out.logprobs)) > MAX_LOG_RATIO)
         metrics = {"kl/clamped": (xp.sum(xp.astype(far, total.dtype)), xp.sum(xp.astype(real, total.dtype)))}
         return Loss({"kl": Term(total, coef["kl"], SHARED)}, metrics)
@@ -118,7 +137,7 @@ class Measured:
         metrics = {"policy/entropy": (ops.stop_gradient(xp.sum(real * out.entropy)), n)}
         if self.reference:
             d = batch.ref_logprobs - ops.stop_gradient(out.logprobs)
-            metrics["kl/reference"] = (xp.sum(real * k3(xp, d)), n)
+            metrics[REFERENCE_KL] = (xp.sum(real * k3(xp, d)), n)
         return Loss({}, metrics)
 
 

@@ -71,6 +71,9 @@ class Output(StrEnum):
     """Mean over the vocabulary under the policy, of the state before each action and after each episode's last token;
     asked for in scoring only."""
     EXPERT_LOAD = "expert_load"
+    REFERENCE_KL = "reference_kl"
+    """KL(policy || reference) over the whole vocabulary, of the state before each action; differentiable in the policy
+    alone. There for a learner that was given its reference (`Comparing`)."""
 
 
 class Estimator(Protocol):
@@ -148,13 +151,15 @@ class Compared:
     """What a KL compares the policy's log-probs of N actions with, in E episodes. Arrays of one framework."""
 
     ref_logprobs: Array
-    """[N]"""
+    """[N]; None for a KL over the whole vocabulary, unless another part needs them."""
     episode: Array
     """[N] the episode of each action, in 0 .. E-1."""
     count: Array
     """[E] actions of each episode, at least 1."""
     old_logprobs: Array | None = None
     """[N] of the policy that drew the actions (pi_old); absent means that it is the one which is compared."""
+    exact: Array | None = None
+    """[N] the KL over the whole vocabulary before each action, differentiable; for a KL that is `OverVocabulary`."""
 
 
 class KL(Protocol[_C]):
@@ -173,6 +178,16 @@ class KL(Protocol[_C]):
     def update(self, state: _C, *, kl: float, n: int, **measured: float) -> _C:
         """The state after a rollout whose mean KL per action was `kl`, over `n` episodes."""
         ...
+
+
+@runtime_checkable
+class OverVocabulary(Protocol):
+    """What a KL may be beside `KL`: one that says whether it looks at all actions of a state, and not at the one taken
+    alone. Its divergence is then given `Compared.exact`, which there is in the loss only; one that does not say so is
+    taken to look at the action taken."""
+
+    @property
+    def over_vocabulary(self) -> bool: ...
 
 
 @runtime_checkable
@@ -306,6 +321,16 @@ class Adapted(Protocol):
     def base(self) -> Scorer | None:
         """The model as it was before its adapter, reading the same weights: it holds no copy, and is not used while
         another thread uses the learner. None where there is no adapter."""
+        ...
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """What a learner may be beside `Learner`: one that can look at a reference over the whole vocabulary."""
+
+    def compare_with(self, reference: Scorer) -> None:
+        """Provide `Output.REFERENCE_KL` from now on: the KL to this model, with the weights that it has whenever it is
+        asked for. Raises `ConfigError` for a model that it cannot be compared with."""
         ...
 
 

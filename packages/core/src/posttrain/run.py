@@ -23,6 +23,7 @@ from posttrain import checkpoint, config, state, supervised, trackers, trainer
 from posttrain.compose import build, check, initial_state, open_task, reward_workers
 from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.loss import REFERENCE_KL
 from posttrain.named import distribution_of
 from posttrain.progress import doing
 from posttrain.protocols import TrackerSession
@@ -34,7 +35,7 @@ from posttrain.state import RunState
 from posttrain.steps import episode_rewards
 from posttrain.tasks.rows import Rows, write_rows
 from posttrain.timing import Phases
-from posttrain.trainer import REFERENCE_KL, SUM, Parts, resynced, synced
+from posttrain.trainer import SUM, Parts, resynced, synced
 
 log = logging.getLogger(__name__)
 

@@ -94,6 +94,7 @@ def _in_order(rollouts: Rollouts, parts: Sequence[np.ndarray], scored: Sequence[
         return None if columns[0] is None else np.concatenate(columns, axis=-1)[..., index]
     return TokenOutputs(
         logprobs=joined("logprobs", by_action), entropy=joined("entropy", by_action),
+        reference_kl=joined("reference_kl", by_action),
         values=joined("values", by_action), bootstrap_values=joined("bootstrap_values", position),
         action_values=joined("action_values", by_action),
         expected_action_values=joined("expected_action_values", by_action),

@@ -22,6 +22,7 @@ from posttrain.constrained import INFEASIBLE, Bound, Constrained, costs_of
 from posttrain.constrained import described as described_costs
 from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
 from posttrain.errors import ConfigError
+from posttrain.loss import REFERENCE_KL
 from posttrain.protocols import (
     KL,
     Batching,
@@ -72,8 +73,6 @@ SUM = "reward"
 """The column that holds the weighted sum of all rewards."""
 KL_COST = "kl"
 """The column that holds the KL of each action where it is a cost."""
-REFERENCE_KL = "kl/reference"
-"""The metric that holds the mean KL to the reference per action."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +237,7 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
     if parts.critic is not None and parts.critic is not parts.policy:
         out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget)
         notes = notes.with_critic(out)
-    if parts.reference is not None:
+    if parts.reference is not None and Need.REF_LOGPROBS in parts.needs:
         out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
         notes = replace(notes, ref_logprobs=out.logprobs)
     if parts.initial is not None:

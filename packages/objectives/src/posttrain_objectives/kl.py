@@ -66,7 +66,8 @@ class FixedKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 
@@ -157,7 +158,8 @@ class AdaptiveKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 
@@ -226,7 +228,8 @@ class PIDKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 
@@ -283,7 +286,8 @@ class BandKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 
@@ -337,7 +341,8 @@ class DualKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 
@@ -395,7 +400,8 @@ class EntropyKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 

@@ -14,6 +14,10 @@ effect on the KL of later actions; "exact" is that of the KL of whole episodes.
 | loss | k2, k3+ | partial |
 | loss | seq_k2 | exact, where all actions weigh alike |
 | loss | k3 | partial, of the forward KL(pi_ref || pi), as GRPO has it |
+| loss | exact | partial, and off policy, too |
+
+`exact` is no estimate but the KL itself, summed over all actions of the state before each action: it does not depend on
+the action that was drawn, and so has no noise of it and no ratio.
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ from posttrain_objectives.choices import require_choice
 from posttrain_objectives.ratios import log_ratio
 
 Placement = Literal["loss", "reward", "advantage"]
-Estimator = Literal["k1", "k2", "k3", "k3+", "seq_k2"]
+Sampled = Literal["k1", "k2", "k3", "k3+", "seq_k2"]
+"""Estimators from the log-probs of the actions taken."""
+Estimator = Literal["k1", "k2", "k3", "k3+", "seq_k2", "exact"]
 Asked = Literal["auto", "k1", "k2", "k3", "k3+", "seq_k2", "exact"]
-"""What a configuration may ask for; `exact` is answered with the reason why it cannot be had."""
+"""What a configuration may ask for."""
 OffPolicy = Literal["none", "ratio"]
 
 
@@ -82,7 +88,7 @@ def ratio_times_k3_plus(ops: Ops, d: Array, rho: Array) -> Array:
 @final
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One estimator."""
+    """One estimator from samples."""
 
     of: Callable[[Ops, Array], Array]
     """Of d, where actions are drawn from pi."""
@@ -92,12 +98,12 @@ class Form:
     """Whose d it is taken of."""
 
 
-ESTIMATORS: Mapping[Estimator, Form] = {
+ESTIMATORS: Mapping[Sampled, Form] = {
     "k1": Form(k1, ratio_times_k1), "k2": Form(k2, ratio_times_k2), "k3": Form(k3, ratio_times_k3),
     "k3+": Form(k3_plus, ratio_times_k3_plus), "seq_k2": Form(k2, ratio_times_k2, "episode")}
 
 
-def divergence(ops: Ops, estimator: Estimator, logprobs: Array, compared: Compared,
+def divergence(ops: Ops, estimator: Sampled, logprobs: Array, compared: Compared,
                off_policy: OffPolicy = "none") -> Array:
     """[N] the estimate at each action, in float32 or better.
 
@@ -125,6 +131,14 @@ def divergence(ops: Ops, estimator: Estimator, logprobs: Array, compared: Compar
     return xp.take(k / xp.astype(compared.count, k.dtype), compared.episode, axis=0)
 
 
+def exact(compared: Compared) -> Array:
+    """[N] the KL over the whole vocabulary, as the learner computed it. Raises `ValueError` where it did not."""
+    if compared.exact is None:
+        raise ValueError("estimator exact sums over the whole vocabulary, which only a learner that was told its "
+                         "reference does; Compared.exact must hold what it said")
+    return widen(compared.exact)
+
+
 DEFAULT_ESTIMATOR: Mapping[Placement, Estimator] = {"reward": "k1", "advantage": "k1", "loss": "k2"}
 """What `auto` stands for."""
 
@@ -132,8 +146,10 @@ _PUSHES_AWAY = ("{0} as {1} also punishes actions that the policy takes too seld
                 "reference; use estimator: k1, or placement: loss")
 _ONE_NUMBER = ("{0} as {1} says how far an episode is from the reference and not on which side; use estimator: k1, "
                "or placement: loss")
+_ONE_FOR_ALL = ("{0} as {1} is one number for all actions of a state and cannot tell them apart; use estimator: k1, or "
+                "placement: loss")
 _VALUE_ONLY: Mapping[Estimator, str] = {"k2": _PUSHES_AWAY, "k3": _PUSHES_AWAY, "k3+": _PUSHES_AWAY,
-                                        "seq_k2": _ONE_NUMBER}
+                                        "seq_k2": _ONE_NUMBER, "exact": _ONE_FOR_ALL}
 """Why an estimator cannot be placed where its value counts and its gradient does not."""
 _VALUE_PLACEMENTS: Mapping[Placement, str] = {"reward": "a reward", "advantage": "an advantage"}
 
@@ -144,9 +160,9 @@ FORBIDDEN: Mapping[tuple[Placement, Estimator], str] = {
                     "as GRPO has it), off_policy: ratio, or placement: reward"}
 """Combinations whose gradient is not one of the KL, and why, where off_policy is none."""
 
-NO_EXACT = ("estimator exact needs the reference's probabilities of the whole vocabulary at each action, and the loop "
-            "keeps those of the actions taken alone; use estimator: k2 (placement: loss), which has the same expected "
-            "gradient, or k1 (placement: reward), whose gradient is that of the KL of whole episodes")
+NO_RATIO = ("estimator exact sums over all actions of a state, whichever was taken: after several optimiser steps it "
+            "still has the gradient of the KL, and a ratio of the action taken would only add noise; leave off_policy: "
+            "none")
 
 
 def chosen_estimator(placement: Placement, estimator: Asked, off_policy: OffPolicy = "none") -> Estimator:
@@ -156,14 +172,14 @@ def chosen_estimator(placement: Placement, estimator: Asked, off_policy: OffPoli
     ('k1', 'k2')
     """
     require_choice("placement", placement, DEFAULT_ESTIMATOR)
-    if estimator == "exact":
-        raise ValueError(NO_EXACT)
-    require_choice("estimator", estimator, ("auto", *ESTIMATORS))
+    require_choice("estimator", estimator, ("auto", *ESTIMATORS, "exact"))
     require_choice("off_policy", off_policy, ("none", "ratio"))
     found = DEFAULT_ESTIMATOR[placement] if estimator == "auto" else estimator
     if off_policy == "ratio" and placement != "loss":
         raise ValueError(f"off_policy ratio belongs to placement loss: what is placed in the {placement} is weighed "
                          "with it, by the ratio of the objective and by the correction; leave off_policy: none")
+    if off_policy == "ratio" and found == "exact":
+        raise ValueError(NO_RATIO)
     if off_policy == "none" and (why := FORBIDDEN.get((placement, found))):
         raise ValueError(f"KL estimator {found} cannot be used with placement {placement}: {why}")
     return found
@@ -180,11 +196,18 @@ class Placed:
     @property
     def unit(self) -> Literal["action", "episode", "group"]:
         """What the estimator takes as a whole."""
-        return ESTIMATORS[self._chosen].unit
+        chosen = self._chosen
+        return "action" if chosen == "exact" else ESTIMATORS[chosen].unit
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether it looks at all actions of a state; see `posttrain.protocols.OverVocabulary`."""
+        return self._chosen == "exact"
 
     def divergence(self, ops: Ops, logprobs: Array, compared: Compared) -> Array:
         """[N] the estimate at each action."""
-        return divergence(ops, self._chosen, logprobs, compared, self.off_policy)
+        chosen = self._chosen
+        return exact(compared) if chosen == "exact" else divergence(ops, chosen, logprobs, compared, self.off_policy)
 
     @property
     def _chosen(self) -> Estimator:

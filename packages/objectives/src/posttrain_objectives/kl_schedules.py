@@ -55,7 +55,8 @@ class ScheduledKL(Placed):
     placement: Placement = "reward"
     """Taken from each action's reward before advantages are made, from its advantage, or added to the loss."""
     estimator: Asked = "auto"
-    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's."""
+    """`auto` is k1 in reward and advantage, and k2 in the loss. k3 in the loss is GRPO's; `exact`, there alone, sums
+    over the whole vocabulary."""
     off_policy: OffPolicy = "none"
     """`ratio` weighs a KL in the loss by pi / pi_old, which gives the reverse gradient after several steps, too."""
 

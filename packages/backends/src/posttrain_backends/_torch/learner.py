@@ -23,7 +23,13 @@ from posttrain.ops import ops_of
 from posttrain.protocols import Objective, Optimization, Output, Scorer
 from torch import Tensor, nn
 
-from posttrain_backends._torch.head import chosen_action_values, chosen_logprobs, expected_values
+from posttrain_backends._torch.head import (
+    Readout,
+    chosen_action_values,
+    chosen_logprobs,
+    compared_logprobs,
+    expected_values,
+)
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
@@ -35,10 +41,10 @@ from posttrain_backends._torch.unadapted import Unadapted
 HEAD_FILES: Mapping[str, str] = {"value_head": files.VALUE_HEAD, "action_value_head": files.ACTION_VALUE_HEAD}
 """A head's name, which stands before those of its parameters, and its file beside the model: heads belong to the
 learner and not to the model."""
-_HEAD_OF: Mapping[Output, str] = {
+_MADE_WITH: Mapping[Output, str] = {
     Output.VALUES: "value head", Output.ACTION_VALUES: "action-value head",
-    Output.EXPECTED_ACTION_VALUES: "action-value head"}
-"""Outputs that a model gives only where a head was asked for, and the head in words."""
+    Output.EXPECTED_ACTION_VALUES: "action-value head", Output.REFERENCE_KL: "comparison with a reference"}
+"""Outputs that a model gives only where something was asked for, and that in words."""
 _COUNTERS = ("version", "bad_steps", "steps")
 """Entries of `state` that are single numbers."""
 _GRAMIAN_COLUMNS = 2**20
@@ -100,6 +106,7 @@ class TorchLearner:
         self._gradients: dict[str, dict[str, Tensor]] = {}
         self._comm, self._summed = comm, False
         self._bad_steps = 0
+        self._reference: TorchLearner | Unadapted | None = None
         self._start: dict[str, Tensor] | None = None
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -129,7 +136,8 @@ class TorchLearner:
         tokens = {Output.LOGPROBS, Output.ENTROPY} if self._language is not None else set()
         values = {Output.VALUES, Output.BOOTSTRAP_VALUES} if self.value_head is not None else set()
         actions = {Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES} if self.action_value_head is not None else set()
-        return frozenset(tokens | values | actions)
+        compared = {Output.REFERENCE_KL} if self._reference is not None else set()
+        return frozenset(tokens | values | actions | compared)
 
     @property
     def version(self) -> int:
@@ -145,7 +153,8 @@ class TorchLearner:
         def scored() -> TokenOutputs:
             ends = np.maximum(np.cumsum(rollouts.episode_tokens) - 1, 0)
             actions = self._actions(rollouts.tokens, rollouts.offsets, rollouts.source, ends, outputs)
-            return self._outputs(actions, outputs, temperature)
+            reference = self._reference_at(rollouts.tokens, rollouts.offsets, rollouts.source, outputs)
+            return self._outputs(actions, outputs, temperature, reference)
         out = translating_memory_errors(scored)
         return _to_host(out)
 
@@ -159,19 +168,25 @@ class TorchLearner:
         return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
                         self._ids(tokens[before + 1]), self._ids(need.place[ends]))
 
-    def _outputs(self, actions: _Actions, outputs: frozenset[Output], temperature: float) -> TokenOutputs:
+    def _outputs(self, actions: _Actions, outputs: frozenset[Output], temperature: float,
+                 reference: Readout | None) -> TokenOutputs:
         hidden = self.trunk.hidden(actions.tokens, actions.layout)
         before = hidden.index_select(0, actions.before)
         logprobs, entropy = torch.full((len(before),), float("nan"), dtype=self._dtype, device=self.device), None
-        if outputs & {Output.LOGPROBS, Output.ENTROPY}:
+        reference_kl, with_entropy = None, Output.ENTROPY in outputs
+        if reference is not None:
+            logprobs, entropy, reference_kl = compared_logprobs(
+                before, self.model.output_weight, actions.chosen, reference, temperature=temperature,
+                rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype)
+        elif outputs & {Output.LOGPROBS, Output.ENTROPY}:
             logprobs, entropy = chosen_logprobs(
                 before, self.model.output_weight, actions.chosen, temperature=temperature,
-                rows=self._head_rows, entropy=Output.ENTROPY in outputs, compute=self.trunk.compute_dtype)
+                rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype)
         last = hidden[actions.last]
         expected, expected_last = self._expected_action_values(before, last, temperature) \
             if Output.EXPECTED_ACTION_VALUES in outputs else (None, None)
         return TokenOutputs(
-            logprobs=logprobs, entropy=entropy,
+            logprobs=logprobs, entropy=entropy, reference_kl=reference_kl,
             values=self._values(before) if Output.VALUES in outputs else None,
             bootstrap_values=self._values(last) if Output.BOOTSTRAP_VALUES in outputs else None,
             action_values=chosen_action_values(before, *self._action_value_matrices(), actions.chosen)
@@ -198,9 +213,9 @@ class TorchLearner:
 
     def _check_outputs(self, outputs: frozenset[Output]) -> None:
         if missing := outputs - self.provides:
-            heads = sorted({_HEAD_OF[output] for output in missing if output in _HEAD_OF})
+            parts = sorted({_MADE_WITH[output] for output in missing if output in _MADE_WITH})
             hint = " from this model" if self._language is None else (
-                f" (no {' and no '.join(heads)} was asked for)" if heads else "")
+                f" (no {' and no '.join(parts)} was asked for)" if parts else "")
             raise ConfigError([f"the torch backend gives no {', '.join(sorted(missing))}{hint}"])
 
     def _ids(self, x: Array) -> Tensor:
@@ -210,6 +225,39 @@ class TorchLearner:
         """The model before its adapter; see `posttrain.protocols.Adapted`."""
         model = self.trunk
         return Unadapted(self, model) if isinstance(model, AdaptedLanguageModel) and model.has_adapter else None
+
+    # ---- the model that it is compared with
+
+    def compare_with(self, reference: Scorer) -> None:
+        """Say the KL to this model from now on, as it is at the time; see `posttrain.protocols.Comparing`."""
+        if not isinstance(reference, TorchLearner | Unadapted):
+            raise _incomparable(f"the reference is a {type(reference).__name__}, whose output matrix a torch learner "
+                                "cannot read")
+        other, own = reference.output_weight, self.model.output_weight
+        if len(other) != len(own):
+            raise _incomparable(f"the reference has a vocabulary of {len(other)}, the policy one of {len(own)}")
+        if other.device != own.device:
+            raise _incomparable(f"the reference is on {other.device}, the policy on {own.device}")
+        self._reference = reference
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, H]. Raises `ConfigError` where values are all that the model gives."""
+        return self.model.output_weight
+
+    @torch.no_grad()
+    def readout(self, tokens: Array, offsets: np.ndarray, source: Array) -> Readout:
+        """What the logits are made of that the actions at `source` are drawn from."""
+        actions = self._actions(tokens, offsets, source, np.zeros(0, np.int64), frozenset())
+        hidden = self.trunk.hidden(actions.tokens, actions.layout)
+        return Readout(hidden.index_select(0, actions.before), self.output_weight.detach(), self.trunk.compute_dtype)
+
+    def _reference_at(self, tokens: Array, offsets: np.ndarray, source: Array,
+                      outputs: frozenset[Output]) -> Readout | None:
+        """The reference at the actions, where somebody asks for the KL to it."""
+        if self._reference is None or Output.REFERENCE_KL not in outputs:
+            return None
+        return self._reference.readout(tokens, offsets, source)
 
     # ---- one optimiser step
 
@@ -230,8 +278,9 @@ class TorchLearner:
             if len(batch.source) == 0:
                 return Metrics()
             offsets = offsets_of_tokens(batch.sequence, batch.positions)
+            reference = self._reference_at(batch.tokens, offsets, batch.source, objective.outputs)
             actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs)
-            out = self._outputs(actions, objective.outputs, batch.temperature)
+            out = self._outputs(actions, objective.outputs, batch.temperature, reference)
             loss = objective(ops_of(out.logprobs), out, self._on_device(batch), coef)
             self._backward(_by_slot(loss))
             return _loss_metrics(loss)
@@ -412,6 +461,12 @@ def require_no_action_values(heads: int, what: str) -> None:
                       "critic.")
 
 
+def _incomparable(why: str) -> ConfigError:
+    return ConfigError([f"a KL over the whole vocabulary cannot be had: {why}"],
+                       next_step="Take a reference of the policy's backend, vocabulary and device, or a KL that looks "
+                                 "at sampled actions alone: kl.estimator=k2.")
+
+
 def _zero_head(outputs: int, weight: Tensor) -> nn.Linear | None:
     """A linear read-out that begins at 0, so that the first values are 0 whatever the trunk; None without outputs."""
     if not outputs:
@@ -427,8 +482,8 @@ def _to_host(out: TokenOutputs) -> TokenOutputs:
     def moved(x: Array | None) -> np.ndarray | None:
         return None if x is None else to_numpy(x)
     return TokenOutputs(
-        logprobs=to_numpy(out.logprobs), entropy=moved(out.entropy), values=moved(out.values),
-        bootstrap_values=moved(out.bootstrap_values), action_values=moved(out.action_values),
+        logprobs=to_numpy(out.logprobs), entropy=moved(out.entropy), reference_kl=moved(out.reference_kl),
+        values=moved(out.values), bootstrap_values=moved(out.bootstrap_values), action_values=moved(out.action_values),
         expected_action_values=moved(out.expected_action_values),
         expected_bootstrap_values=moved(out.expected_bootstrap_values))
 

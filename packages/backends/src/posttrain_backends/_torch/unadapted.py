@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
 
+import numpy as np
 from posttrain.data import Array, Rollouts, TokenOutputs
 from posttrain.errors import ConfigError
 from posttrain.protocols import Output
-from torch import nn
+from torch import Tensor, nn
 
+from posttrain_backends._torch.head import Readout
 from posttrain_backends._torch.models.interface import AdaptedLanguageModel
 
 if TYPE_CHECKING:
@@ -51,6 +53,16 @@ class Unadapted:
             raise ConfigError([f"the model without its adapter gives no {', '.join(sorted(missing))}"])
         with self.model.without_adapter():
             return self.learner.score(rollouts, outputs, temperature)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, H]; no adapter changes it."""
+        return self.model.output_weight
+
+    def readout(self, tokens: Array, offsets: np.ndarray, source: Array) -> Readout:
+        """See `TorchLearner.readout`."""
+        with self.model.without_adapter():
+            return self.learner.readout(tokens, offsets, source)
 
     def params(self) -> Iterator[tuple[str, Array]]:
         """The weights under the adapter, by the names they have without one; live."""

@@ -21,6 +21,7 @@ from posttrain.errors import Diverged, PosttrainError
 from posttrain.protocols import (
     Adapted,
     Backend,
+    Comparing,
     Learner,
     LoadRequest,
     Optimization,
@@ -59,10 +60,12 @@ from posttrain.tokenizers import Characters
 _COLUMNS: Mapping[Output, str] = {
     Output.LOGPROBS: "logprobs", Output.ENTROPY: "entropy", Output.VALUES: "values",
     Output.BOOTSTRAP_VALUES: "bootstrap_values", Output.ACTION_VALUES: "action_values",
-    Output.EXPECTED_ACTION_VALUES: "expected_action_values"}
+    Output.EXPECTED_ACTION_VALUES: "expected_action_values", Output.REFERENCE_KL: "reference_kl"}
 """Field of `TokenOutputs` that each output stands for."""
 _POLICY = frozenset({Output.LOGPROBS, Output.ENTROPY})
 _VALUES = frozenset({Output.VALUES, Output.BOOTSTRAP_VALUES})
+_TRAINED = _POLICY | {Output.VALUES, Output.REFERENCE_KL}
+"""What a loss is made of here."""
 _PARTS: tuple[list[list[int]], ...] = (
     [[0, 1, 2, 3], [4, 5, 6, 7]], [[7, 2], [], [0, 4, 1], [5, 3, 6]], [[e] for e in range(8)])
 """Splits of eight episodes: in halves, in another order with an empty part, and one by one."""
@@ -250,10 +253,35 @@ class BackendContract(OnModels):
 
     def test_gradients_are_derivatives(self, component: Any) -> None:
         """Of every parameter, by differences of the loss along a random direction and along the gradient itself."""
-        data, learner = self._data(), self._load(component, PLAIN)
-        probe, before = self._probe(learner), weights_of(learner)
+        self._assert_derivatives(self._load(component, PLAIN), self._load(component, None))
+
+    def test_the_kl_to_a_reference_is_that_of_the_vocabulary(self, component: Any) -> None:
+        """Its value by scoring every continuation with both models, its gradient by differences; where the component
+        says that it provides it."""
+        if Output.REFERENCE_KL not in component.provides:
+            return
+        learner, scorer, reference = (self._load(component, how) for how in (PLAIN, None, None))
+        reference.load_params(disturbed(weights_of(reference), 2, self.spread).items(), 0)
+        for x in (learner, scorer):
+            comparing = isinstance(x, Comparing)
+            assert comparing, \
+                f"{type(component).__name__} provides {Output.REFERENCE_KL}; its learner has no compare_with(reference)"
+            x.compare_with(reference)
+            assert Output.REFERENCE_KL in x.provides, f"compared with a reference, it does not provide " \
+                f"{Output.REFERENCE_KL}"
+        V, prefixes, asked = self._vocab, self._prefixes(), frozenset({Output.REFERENCE_KL})
+        for temperature in (0.5, 1.0):
+            logp, logq = (log_table(x, prefixes, V, temperature).astype(np.float64) for x in (learner, reference))
+            self._assert_close(learner, learner.score(_behind(prefixes), asked, temperature).reference_kl,
+                               (np.exp(logp) * (logp - logq)).sum(axis=1),
+                               f"the KL to the reference is not sum p (log p - log q) at temperature {temperature}")
+        self._assert_derivatives(learner, scorer)
+
+    def _assert_derivatives(self, learner: Learner, scorer: Scorer) -> None:
+        """Of a learner loaded with `PLAIN`, by an equal model to score with."""
+        data, probe, before = self._data(), self._probe(learner), weights_of(learner)
         gradients = self._gradients(learner, data, probe)
-        scorer, exact = self._load(component, None), all(x.dtype == np.float64 for x in before.values() if is_float(x))
+        exact = all(x.dtype == np.float64 for x in before.values() if is_float(x))
         step, allowed = (1e-5, 1e-5) if exact else (1e-3, 0.05)
         size, rng = float(np.linalg.norm(flat(gradients))), np.random.default_rng(0)
         assert size > 1e-4, "no parameter of params() has a gradient"
@@ -641,7 +669,7 @@ class BackendContract(OnModels):
         return [rng.integers(0, self._vocab, n).tolist() for n in (1, 2, 5, 5, 9)]
 
     def _probe(self, learner: Learner, slots: tuple[str, ...] = ("main",)) -> Probe:
-        return Probe(learner.provides & frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES}), slots)
+        return Probe(learner.provides & _TRAINED, slots)
 
     def _applied(self, learner: Learner, data: StepData, probe: Probe) -> Metrics:
         accumulate(learner, data, probe)

@@ -104,8 +104,8 @@ LOGPROBS = frozenset({Output.LOGPROBS})
 @final
 @dataclass(frozen=True)
 class Probe:
-    """-sum(w A pi / old) in every slot, entropy, and squared errors of values: what `outputs` allow. `spoil` is added
-    to the loss as a multiple of the log-probs: a NaN makes every gradient one."""
+    """-sum(w A pi / old) in every slot, entropy, the KL to a reference, and squared errors of values: what `outputs`
+    allow. `spoil` is added to the loss as a multiple of the log-probs: a NaN makes every gradient one."""
 
     outputs: frozenset[Output] = LOGPROBS
     slots: tuple[str, ...] = ("main",)
@@ -126,6 +126,8 @@ class Probe:
             terms["spoilt"] = Term(xp.sum(out.logprobs * self.spoil), slot=shared)
         if Output.ENTROPY in self.outputs:
             terms["entropy"] = Term(-xp.sum(batch.kl_weight * out.entropy), coef["entropy"], shared)
+        if Output.REFERENCE_KL in self.outputs:
+            terms["kl"] = Term(xp.sum(batch.kl_weight * out.reference_kl), slot=shared)
         if Output.VALUES in self.outputs:
             if out.values is None:
                 raise ValueError("an objective asks for values, and the learner gives it none")
@@ -160,7 +162,8 @@ def loss_of(scorer: Scorer, data: StepData, probe: Probe) -> float:
     out = scorer.score(data.rollouts, probe.outputs, data.rollouts.sampling.temperature)
     def kept(x: Array) -> Array:
         return None if x is None else np.asarray(to_numpy(x), np.float64)[..., data.keep]
-    out = TokenOutputs(logprobs=kept(out.logprobs), entropy=kept(out.entropy), values=kept(out.values))
+    out = TokenOutputs(logprobs=kept(out.logprobs), entropy=kept(out.entropy), reference_kl=kept(out.reference_kl),
+                       values=kept(out.values))
     return sum(float(t.coef * t.total) for t in probe(ops_of(out.logprobs), out, batch, COEF).terms.values())
 
 
