@@ -179,10 +179,10 @@ def test_an_objective_must_return_a_loss_of_terms(given: Any, named: str) -> Non
 
 
 def test_an_objective_that_reads_what_it_does_not_declare() -> None:
-    with pytest.raises(PluginError, match=r"objective Objective raised TypeError: .*columns that are None: entropy, "
-                                          r"reference_kl, values, bootstrap_values, action_values, "
-                                          r"expected_action_values, expected_bootstrap_values, advantages, "
-                                          r"old_logprobs; needs and outputs must name what is read; old_logprobs is also None where"):
+    with pytest.raises(PluginError, match=(
+            r"objective Objective raised TypeError: .*columns that are None: entropy, reference_kl, values, "
+            r"bootstrap_values, action_values, expected_action_values, expected_bootstrap_values, advantages, "
+            r"old_logprobs; needs and outputs must name what is read; old_logprobs is also None where")):
         loss(lambda batch: -batch.advantages)
     assert loss(lambda batch: Loss({"a": Term(1.0)})).terms["a"].total == 1.0
 
