@@ -41,8 +41,8 @@ CIRCUMSTANCES = ("there is no CUDA device", "this user may write everywhere")
 NOT_OF_EXTRAS = "not tokenizers and not mlflow and not tensorboard and not wandb"
 """Modules of core whose examples need an extra."""
 MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
-    "estimators": LIBRARIES[:4], "objectives": LIBRARIES[:4],
-    "backends": ("jax", "transformers", "peft", "posttrain_objectives"),
+    "estimators": LIBRARIES[:4], "objectives": (*LIBRARIES[:4], "moocore"),
+    "backends": ("jax", "transformers", "peft", "triton", "posttrain_objectives"),
     "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
 
 
