@@ -101,7 +101,7 @@ def test_distances_to_a_front(F: np.ndarray, shift: float) -> None:
     assert igd_plus(F, front) == 0.0 and additive_epsilon(F, front) <= 0.0
     assert additive_epsilon(F + shift, front) == additive_epsilon(F, front) - shift
     lower = igd_plus(front - 1.0, front)
-    assert 0.0 < lower <= np.sqrt(F.shape[1])
+    assert 0.0 < lower <= np.sqrt(F.shape[1]) * (1 + 1e-12)  # a mean of equal distances is rounded
 
 
 @given(sets(most=12), st.randoms(use_true_random=False))
