@@ -29,7 +29,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core": ("tests/core", "tests/contracts"),
 }
 """Package -> its tests; of core those that belong to no other. (Tuning has no component yet, so no test.)"""
-OF_THE_REPOSITORY = ("tests/core/test_docs.py", "tests/core/test_guide.py", "tests/core/test_packaging.py")
+OF_THE_REPOSITORY = ("tests/core/test_component_pages.py", "tests/core/test_docs.py", "tests/core/test_guide.py",
+                     "tests/core/test_packaging.py")
 """Tests of its pages and of all its distributions together."""
 LIBRARIES = ("jax", "ml_dtypes", "rlax", "torch", "transformers")
 """What the arrays, the oracles and the models of tests are of."""
