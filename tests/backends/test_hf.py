@@ -299,6 +299,8 @@ def test_what_is_refused_by_name(folder, tmp_path, monkeypatch):
         load(tmp_path)
     with pytest.raises(ConfigError, match="linear layers of this model are .*q_proj"):
         load(folder("llama"), adapter=Lora(targets=("query",)))
+    with pytest.raises(ConfigError, match="an adapter on it would never be trained; leave it out"):
+        load(folder("llama"), adapter=Lora(targets=("q_proj", "lm_head")))
     with pytest.raises(ConfigError, match="holds several matrices in one"):
         load(folder("experts"), adapter=Lora())
     with pytest.raises(PluginError, match=r"flash_attn.*pip install flash-attn"):

@@ -14,7 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from needed import first_party
-from posttrain import compose, config
+from posttrain import config, fitting
 from posttrain.catalogue import card
 from posttrain.hookspecs import Component, hookimpl
 from posttrain.known import known
@@ -134,7 +134,7 @@ def test_its_configuration_can_be_used(page: str, tmp_path: Path, monkeypatch: p
     (tmp_path / "train.yaml").write_text(f"extends: base.yaml\n{text}")
     registry = own()
     loaded = config.load(tmp_path / "train.yaml", [], registry)
-    compose.check(loaded)
+    fitting.check(loaded)
     kind, name = page.removesuffix(".md").split("/")
     assert registry.resolve(kind, name) in loaded.components.values() or loaded.settings.update.entropy_coef > 0
 

@@ -574,8 +574,8 @@ def test_every_recipe_is_whole(folder: Path, registry: Registry, recipe: str) ->
     for name, value in RECIPES[recipe].settings.items():
         if name in loaded.components:
             assert loaded.components[name].name == (value["use"] if isinstance(value, dict) else value)
-    from posttrain import compose
-    compose.check(loaded)
+    from posttrain import fitting
+    fitting.check(loaded)
     assert RECIPES[recipe].summary and RECIPES[recipe].source
 
 

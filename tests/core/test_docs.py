@@ -11,8 +11,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 from posttrain.annotations import hints_of
-from posttrain.compose import check
 from posttrain.config import RewardEntry, load
+from posttrain.fitting import check
 from posttrain.recipes import RECIPES
 from posttrain.registry import discover
 from posttrain.schema import Settings

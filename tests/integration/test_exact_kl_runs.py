@@ -13,9 +13,9 @@ import numpy as np
 import posttrain
 import pytest
 from integration.small import config
-from posttrain.compose import check
 from posttrain.config import load
 from posttrain.errors import ConfigError
+from posttrain.fitting import check
 from posttrain.protocols import LoadRequest, Output
 
 pytest.importorskip("torch")

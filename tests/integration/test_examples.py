@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from posttrain import config
-from posttrain.compose import check
+from posttrain.fitting import check
 from posttrain.registry import discover
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from integration import small
 from integration.small import config
-from posttrain.compose import check
 from posttrain.config import load
 from posttrain.errors import ConfigError
+from posttrain.fitting import check
 
 pytest.importorskip("torch")
 pytest.importorskip("posttrain_objectives")

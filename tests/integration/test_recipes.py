@@ -16,7 +16,7 @@ import numpy as np
 import posttrain
 import pytest
 from integration import small
-from posttrain import checkpoint, compose, config, trainer
+from posttrain import checkpoint, compose, config, fitting, trainer
 from posttrain.data import Counts, Estimate, Loss, MicroBatch, Rollouts, Term, TokenOutputs, Weights
 from posttrain.errors import ConfigError
 from posttrain.ops import Ops
@@ -462,7 +462,7 @@ def test_the_readmes_configuration(tmp_path: Path) -> None:
     (tmp_path / "runs" / "addition-sft" / "policy").mkdir(parents=True)
     (folder / "rl.yaml").write_text(example("yaml", "addition-sft"))
     loaded = config.load(folder / "rl.yaml", [], posttrain.discover())
-    compose.check(loaded)
+    fitting.check(loaded)
     assert compose.open_task(loaded.settings)[1].rows == 25
 
 
@@ -472,4 +472,4 @@ def test_the_readmes_real_model(tmp_path: Path) -> None:
         pytest.skip(f"{missing} are not installed")
     (tmp_path / "path" / "to" / "folder").mkdir(parents=True)
     (tmp_path / "real.yaml").write_text(example("yaml", "path/to/folder"))
-    compose.check(config.load(tmp_path / "real.yaml", [], posttrain.discover()))
+    fitting.check(config.load(tmp_path / "real.yaml", [], posttrain.discover()))

@@ -109,12 +109,12 @@ def config(context: typer.Context, file: File, settings: Settings = None) -> Non
 
 def check(context: typer.Context, file: File, settings: Settings = None, quiet: Quiet = False) -> None:
     """Check a configuration and read its rows; print sizes and parts. Loads no model."""
-    from posttrain import compose
+    from posttrain import compose, fitting
     from posttrain.config import derived, load
     from posttrain.following import following
 
     loaded = load(file, settings or [], context.obj)
-    compose.check(loaded)
+    fitting.check(loaded)
     print("sizes")
     _table([(f"  {what}", value) for what, value in derived(loaded.settings)])
     print("\nparts")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import checkpoint, config
-from posttrain.compose import importing, policy_request, scores_answers
+from posttrain.compose import importing, policy_request
 from posttrain.errors import InputError, Problem
+from posttrain.fitting import scores_answers
 from posttrain.protocols import Tokenizer
 from posttrain.registry import Registry, discover
 from posttrain.report import history

@@ -24,7 +24,8 @@ SHARED = "shared"
 REFERENCE_KL = "kl/reference"
 """The metric that holds the mean KL to the reference per action."""
 MAX_LOG_RATIO = 20.0
-"""A log-ratio counts as this one in `exp`, where a larger one would leave float32."""
+"""A larger log-ratio counts as this one in `exp`: e^20 = 5e8 is far outside every clip range, and still finite in
+float32 after a multiplication by an advantage."""
 
 
 def k3(xp: Any, d: Array) -> Array:

@@ -20,9 +20,10 @@ from types import FrameType
 from typing import Any, Literal
 
 from posttrain import checkpoint, config, state, supervised, trackers, trainer
-from posttrain.compose import build, check, initial_state, open_task, reward_workers
+from posttrain.compose import build, initial_state, open_task, reward_workers
 from posttrain.data import FINISH, Metrics, Prompt, Rollouts
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.fitting import check
 from posttrain.loss import REFERENCE_KL
 from posttrain.named import distribution_of
 from posttrain.progress import doing

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
+from posttrain_objectives.choices import require_positive
 from posttrain_objectives.multipliers import (
     Memory,
     Multipliers,
     bounded,
     require_not_negative,
-    require_positive,
     started,
     stepped,
     violations,
@@ -49,7 +49,7 @@ class Lagrangian:
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "eta", "lambda_max")
+        require_positive(eta=self.eta, lambda_max=self.lambda_max)
 
     def init(self, limits: Mapping[str, float]) -> Multipliers:
         return started(limits, self.scale)
@@ -83,7 +83,7 @@ class LogLagrangian:
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "eta", "lambda_min", "lambda_max")
+        require_positive(eta=self.eta, lambda_min=self.lambda_min, lambda_max=self.lambda_max)
         if not self.lambda_min <= self.lambda_init <= self.lambda_max:
             raise ValueError(f"lambda_init must lie in [lambda_min, lambda_max], got {self.lambda_init} in "
                              f"[{self.lambda_min}, {self.lambda_max}]")
@@ -125,7 +125,7 @@ class PIDLagrangian:
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "ki", "lambda_max")
+        require_positive(ki=self.ki, lambda_max=self.lambda_max)
         require_not_negative(self, "kp", "kd")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
@@ -169,7 +169,7 @@ class AugmentedLagrangian:
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "rho", "rho_max", "lambda_max")
+        require_positive(rho=self.rho, rho_max=self.rho_max, lambda_max=self.lambda_max)
         if self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every}")
         if not 1 <= self.growth < math.inf:
@@ -241,7 +241,7 @@ class P3O:
     """Unit of a cost's violation; its limit's size where none is given. Needed for a limit of 0."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "kappa")
+        require_positive(kappa=self.kappa)
 
     def init(self, limits: Mapping[str, float]) -> Multipliers:
         return started(limits, self.scale)

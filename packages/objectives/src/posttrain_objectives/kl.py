@@ -16,6 +16,7 @@ from posttrain.data import Array
 from posttrain.ops import Ops
 from posttrain.protocols import Compared
 
+from posttrain_objectives.choices import require_positive
 from posttrain_objectives.kl_estimators import Asked, OffPolicy, Placed, Placement, chosen_estimator, divergence
 
 
@@ -27,13 +28,6 @@ def usable(kl: float, n: int) -> bool:
 def clamped(x: float, low: float, high: float) -> float:
     """`x` within [low, high]."""
     return min(max(x, low), high)
-
-
-def require_positive(**fields: float) -> None:
-    """Raise `ValueError` for the first field that is not finite and positive."""
-    for name, x in fields.items():
-        if not (math.isfinite(x) and x > 0):
-            raise ValueError(f"{name} must be finite and positive, got {x}")
 
 
 def require_positive_bounds(coef: float, coef_min: float, coef_max: float) -> None:

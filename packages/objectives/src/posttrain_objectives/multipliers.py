@@ -135,13 +135,6 @@ def _status(mean: float, capped: int, tol: float) -> Status:
     return "infeasible" if capped >= PATIENCE else "converging"
 
 
-def require_positive(component: object, *names: str) -> None:
-    """Raise `ValueError` for the first of these fields that is not finite and positive."""
-    for name in names:
-        if not (math.isfinite(getattr(component, name)) and getattr(component, name) > 0):
-            raise ValueError(f"{name} must be finite and positive, got {getattr(component, name)}")
-
-
 def require_not_negative(component: object, *names: str) -> None:
     """Raise `ValueError` for the first of these fields that is negative or not finite."""
     for name in names:

@@ -6,13 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from posttrain.data import Array, MicroBatch
+from posttrain.loss import MAX_LOG_RATIO
 from posttrain.ops import Ops
 
 Ratio = Literal["token", "sequence"]
-
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 before `exp`: e^20 = 5e8 is far outside every clip range, and still finite in
-float32 after a multiplication by an advantage."""
 
 
 def log_ratio(ops: Ops, logprobs: Array, old_logprobs: Array | None) -> Array:

@@ -133,6 +133,9 @@ def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int, task: str = "CAU
                              if isinstance(module, torch.nn.Linear)})
             raise ConfigError([f"policy.adapter.targets: {str(error).splitlines()[0]}; linear layers of this model are "
                                f"{', '.join(linear)}"]) from error
+    if any(module is causal.get_output_embeddings() for module in adapted(causal).values()):
+        raise ConfigError(["policy.adapter.targets: the output matrix is read as it is, so an adapter on it would "
+                           "never be trained; leave it out"])
     odd = [name for name, module in adapted(causal).items() if not hasattr(module, "weight")]
     if odd:
         raise ConfigError([f"policy.adapter: {odd[0]} holds several matrices in one (experts); adapters on them are "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
-from posttrain import compose, config, layers
+from posttrain import compose, config, fitting, layers
 from posttrain.annotations import Key, construct
 from posttrain.errors import ConfigError, InputError, Problem, did_you_mean
 from posttrain.registry import Registry
@@ -165,7 +165,7 @@ def read(file: Path, overrides: Sequence[str], registry: Registry) -> Plan:
     for candidate in candidates:
         if not candidate.mix:  # all of them before the first is trained
             try:
-                compose.check(config.load(base, plan.settings_of(candidate), registry))
+                fitting.check(config.load(base, plan.settings_of(candidate), registry))
             except InputError as error:
                 raise ConfigError(error.problems, f"{base.name} cannot be run for the point {candidate.name}:"
                                   ) from error
