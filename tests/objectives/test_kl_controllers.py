@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ CLOSED = {"adaptive": AdaptiveKL(), "pi": PIDKL(kd=0.0), "pid": PIDKL(), "dual":
 EVERY = {**CLOSED, "band": BandKL()}
 SLOPES = (0.3, 0.5, 0.8, 1.25, 2.0, 3.0)
 ROOTS = (1e-6, 1e-4, 1e-2, 0.5, 20.0, 100.0)
+PAGE = Path(__file__).parents[2] / "docs" / "kl.md"
 Plant = Callable[[float], float]
 
 
@@ -112,6 +115,35 @@ def test_small_runs_are_controlled_within_a_few_hundred_steps(name: str) -> None
     kl = CLOSED[name]
     plant = lambda coef: 0.02 / coef
     assert plant(closed_loop(kl, plant, kl.coef, updates=300)[-1]) == pytest.approx(kl.target, rel=0.05)
+
+
+def speeds_of_the_page() -> dict[str, list[str]]:
+    """Numbers of each controller in the table that says how fast they are; a row may be of two."""
+    _, _, below = PAGE.read_text().partition("| rollouts from a tenth or ten times the right weight, ")
+    rows = [line.split("|")[1:-1] for line in below.partition("\n\n")[0].splitlines()[2:]]
+    return {name: re.findall(r"\d+", " ".join(said)) for first, *said in rows for name in re.findall(r"`(\w+)`", first)}
+
+
+def settled_after(kl: Any, start: float) -> int:
+    """Rollouts until the KL stays within 5 % of its target, or within the band, where KL ~ 1 / weight; `start` is the
+    first weight over the right one."""
+    plant = power(kl, 1.0, kl.coef)
+    least, most = (1 / kl.band, kl.band) if isinstance(kl, BandKL) else (0.95, 1.05)
+    ratios = [plant(coef) / kl.target for coef in closed_loop(kl, plant, start * kl.coef, updates=500)]
+    return 1 + max(k for k, ratio in enumerate(ratios) if not least <= ratio <= most)
+
+
+def test_the_page_says_how_fast_every_controller_is() -> None:
+    assert list(speeds_of_the_page()) == list(EVERY)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_page_has_the_numbers_of_its_table(name: str) -> None:
+    """How long it takes from the slower side, and how much of the weight, in %, 20 rollouts with a KL of 0 leave."""
+    kl = EVERY[name]
+    last = closed_loop(kl, lambda coef: 0.0, kl.coef, updates=20)[-1]
+    rollouts, left = max(settled_after(kl, start) for start in (0.1, 10.0)), round(100 * last / kl.coef)
+    assert speeds_of_the_page()[name] == [str(rollouts), str(left)]
 
 
 def bandit(seed: int) -> Plant:

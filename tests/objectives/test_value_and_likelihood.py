@@ -1,8 +1,10 @@
-"""Value, entropy and likelihood objectives against literal oracles, finite differences, and the seam's promises."""
+"""Value, action-value, entropy and likelihood objectives against literal oracles, finite differences, and the seam's
+promises."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,47 +24,71 @@ from posttrain.data import Counts
 from posttrain.protocols import Need, Objective, Output
 from posttrain_objectives.entropy import Entropy
 from posttrain_objectives.likelihood import SFT
-from posttrain_objectives.value import Value
+from posttrain_objectives.value import ActionValue, Value
 
 VALUES = {"mse": Value(), "clipped": Value(clip=0.3), "sequence": Value(clip=0.3, denominator="sequence_mean")}
+ACTION_VALUES = {"action": ActionValue(), "action_sequence": ActionValue(denominator="sequence_mean")}
+CRITICS = {**VALUES, **ACTION_VALUES}
 OTHERS = {"entropy": Entropy(), "sft": SFT(), "sft_sequence": SFT(denominator="sequence_mean")}
-ALL: dict[str, Objective] = {**VALUES, **OTHERS}
+ALL: dict[str, Objective] = {**CRITICS, **OTHERS}
 every_objective = pytest.mark.parametrize("objective", ALL.values(), ids=ALL)
 differentiable = pytest.mark.parametrize("framework", ("torch", "jax"))
 
 
 def prepared(objective: Objective, seed: int, heads: int = 2) -> Case:
+    """With action values that are not the values."""
     case = random_case(seed, heads=heads)
-    return weighted(case, objective.weights(case.counts))
+    Q = case.outputs["values"] + np.random.default_rng(seed + 50).normal(size=case.outputs["values"].shape)
+    return weighted(case.with_outputs(action_values=Q), objective.weights(case.counts))
 
 
-def value_oracle(p: Value, case: Case, v: np.ndarray) -> float:
+def oracle_of_critics(p: Value | ActionValue, case: Case, v: np.ndarray) -> float:
     total = 0.0
     for j in range(len(v)):
         losses = np.zeros(v.shape[1])
         for n in range(v.shape[1]):
             G, old = case.columns["targets"][j, n], case.columns["old_values"][j, n]
             losses[n] = 0.5 * (v[j, n] - G) ** 2
-            if p.clip:
+            if isinstance(p, Value) and p.clip:
                 bounded = min(max(v[j, n], old - p.clip), old + p.clip)
                 losses[n] = max(losses[n], 0.5 * (bounded - G) ** 2)
         total += averaged(case.rows(losses), p.denominator)
     return COEF["value"] * total
 
 
-@pytest.mark.parametrize("objective", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("objective", CRITICS.values(), ids=CRITICS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_value_loss_equals_literal_oracle_and_its_differences(objective: Value, framework: str) -> None:
-    for seed in range(2):
-        case = prepared(objective, seed)
-        v = case.outputs["values"]
+def test_loss_of_critics_equals_literal_oracle_and_its_differences(objective: Value | ActionValue,
+                                                                   framework: str) -> None:
+    (name,) = objective.outputs
+    for seed, heads in ((0, 2), (1, 2), (1, 1)):
+        case = prepared(objective, seed, heads)
+        v = case.outputs[name]
         found = evaluate(framework, objective, case)
-        assert found.value == pytest.approx(value_oracle(objective, case, v), rel=1e-12)
+        assert found.value == pytest.approx(oracle_of_critics(objective, case, v), rel=1e-12)
         assert found.terms == {"value": pytest.approx(found.value / COEF["value"])}
         if found.gradients:
-            expected = central_differences(lambda at, case=case: value_oracle(objective, case, at), v)
-            np.testing.assert_allclose(found.gradients["values"], expected, rtol=1e-6, atol=1e-8)
-            assert not found.gradients["logprobs"].any()
+            expected = central_differences(lambda at, case=case: oracle_of_critics(objective, case, at), v)
+            np.testing.assert_allclose(found.gradients[name], expected, rtol=1e-6, atol=1e-8)
+            assert [n for n, g in found.gradients.items() if g.any()] == [name]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_is_the_loss_of_values_where_they_are_the_action_values(heads: int) -> None:
+    case = prepared(ActionValue(), 2, heads)
+    same = case.with_outputs(values=case.outputs["action_values"])
+    a, b = evaluate("torch", ActionValue(), case), evaluate("torch", Value(), same)
+    assert (a.value, a.terms, a.metrics) == (b.value, b.terms, b.metrics)
+    np.testing.assert_array_equal(a.gradients["action_values"], b.gradients["values"])
+
+
+def test_what_is_missing_for_action_values_is_refused() -> None:
+    case = prepared(ActionValue(), 3)
+    with pytest.raises(ValueError, match=r"MicroBatch\.targets is missing"):
+        evaluate("numpy", ActionValue(), case.with_columns(targets=None))
+    without = Case(case.lengths, {n: x for n, x in case.outputs.items() if n != "action_values"}, case.columns)
+    with pytest.raises(ValueError, match=r"TokenOutputs\.action_values is missing"):
+        evaluate("numpy", ActionValue(), without)
 
 
 @differentiable
@@ -131,7 +157,7 @@ def test_any_split_into_parts_and_dummy_actions_change_nothing(objective: Object
 
 @every_objective
 def test_weights_of_two_ranks_add_up(objective: Objective) -> None:
-    whole = random_case(7, heads=2)
+    whole = prepared(objective, 7)
     total = whole.counts
     def local(case: Case) -> Case:
         return weighted(case, objective.weights(Counts(total.actions, total.episodes, case.counts.episode_actions)))
@@ -142,15 +168,18 @@ def test_weights_of_two_ranks_add_up(objective: Objective) -> None:
 def test_needs_outputs_unit_and_slots() -> None:
     expected = {
         Value(): ({Need.TARGETS}, {Output.VALUES}), Value(clip=0.2): ({Need.TARGETS, Need.VALUES}, {Output.VALUES}),
+        ActionValue(): ({Need.TARGETS}, {Output.ACTION_VALUES}),
         Entropy(): (set(), {Output.ENTROPY}), SFT(): (set(), {Output.LOGPROBS})}
     for objective, (needs, outputs) in expected.items():
         assert (objective.needs, objective.outputs) == (needs, outputs)
         assert (objective.unit, objective.slots) == ("action", ("main",))
+        assert hash(objective) == hash(replace(objective))
 
 
 @pytest.mark.parametrize("component, fields, message", [
     (Value, {"clip": -0.1}, "clip"), (Value, {"clip": math.nan}, "clip"),
     (Value, {"denominator": "constant"}, "token_mean, sequence_mean"),
+    (ActionValue, {"denominator": "constant"}, "token_mean, sequence_mean"),
     (SFT, {"denominator": "token_men"}, "did you mean 'token_mean'"),
 ])
 def test_fields_without_meaning_are_refused(component: type, fields: dict[str, object], message: str) -> None:

@@ -1,10 +1,10 @@
 """Whether a constraint holds two limits against a reward that pays for breaking them, on the task of the demo.
 
-Each seed: the warm start of `examples/addition`, then from it one RL run per arm. The reward is 1 for the right digits
-and a little for each `=` and `+` behind them, which nobody wants: the free run learns to write them. The costs are the
-mean length in tokens and the share of answers with a `+`; the constrained arms keep them below 4 and 0.1. Violations
-are means over the rollouts of the last quarter of the iterations, relative to the limit; accuracy is greedy, of the
-digits alone, on the 2,000 held-out problems.
+Each seed: a warm start as in `examples/addition`, from demonstrations with up to two marks behind their digits, then
+from it one RL run per arm. The reward is 1 for the right digits and a little for each `=` and `+` behind them, which
+nobody wants: the free run learns to write them. The costs are the mean length in tokens and the share of answers with
+a `+`; the constrained arms keep them below 4.5 and 0.1. Violations are means over the rollouts of the last quarter of
+the iterations, relative to the limit; accuracy is greedy, of the digits alone, on the 2,000 held-out problems.
 
 Prediction, written before the first measurement: free, both limits broken by far more than 20 %; `pid_lagrangian` and
 `augmented_lagrangian` within 2 % of both at the same accuracy within 3 points; `lagrangian` circles, 5 to 10 % over in
@@ -18,26 +18,21 @@ About 80 CPU seconds a run, one thread each, two runs side by side.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import runpy
-import statistics
+import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import posttrain
-from posttrain.rundir import read_metrics
+from addition_runs import ADDITION, ROOT, Task, history, last_quarter, train_all, write_data
 
-ROOT = Path(__file__).resolve().parents[2]
-ADDITION = ROOT / "examples" / "addition"
 RUNS = ROOT / "runs" / "bench-constraints"
 
 FREE = "free"
 METHODS = ("pid_lagrangian", "augmented_lagrangian", "lagrangian")
-LIMITS: Mapping[str, float] = {"length": 4.0, "plus": 0.1}
-"""Half of the sums have three digits, so a bare answer has 3.5 tokens on average, its end included."""
+LIMITS: Mapping[str, float] = {"length": 4.5, "plus": 0.1}
+"""A bare answer has four tokens: three digits and its end."""
+MARKS = ("", "", "=", "==", "+", "=+")
+"""What stands behind the digits of the demonstrations, in turn."""
 PER_CHARACTER = 0.05
 """What the reward pays for each character behind the digits; a `+` is worth twice that."""
 
@@ -63,42 +58,32 @@ def plus(completions: list[str], **columns: Any) -> list[float]:
     return [float("+" in c) for c in completions]
 
 
+def write_demonstrations(rows: Path, path: Path) -> None:
+    """The first rows of the training problems, their answers marked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, line in enumerate(rows.read_text().splitlines()[:1500]):
+        row = json.loads(line)
+        lines.append(json.dumps(row | {"completion": row["completion"] + MARKS[number % len(MARKS)]}) + "\n")
+    path.write_text("".join(lines))
+
+
 def settings(seed: int, arm: str, steps: int) -> list[str]:
     """Of one run; the free one measures the costs as rewards without weight."""
     def bound(cost: str) -> str:
         return "weight: 0.0" if arm == FREE else f"at_most: {LIMITS[cost]}"
     file = f"file: '{Path(__file__).resolve()}"
     return [
-        f"run={RUNS / str(seed) / arm}", f"policy.weights={RUNS / str(seed) / 'sft' / 'policy'}", f"seed={seed}",
-        f"steps={steps}", "threads=1", "kl=none", "checkpoint.every=0", "rollout.max_new_tokens=6",
+        f"policy.weights={RUNS / str(seed) / 'sft' / 'policy'}", f"seed={seed}", f"steps={steps}",
+        "kl=none", "checkpoint.every=0", "rollout.max_new_tokens=6",
         f"rewards.correct={{{file}:correct', weight: 0.0}}", f"rewards.decorated={{{file}:decorated'}}",
         f"rewards.length={{use: size, unit: tokens, {bound('length')}}}",
         f"rewards.plus={{{file}:plus', {bound('plus')}}}", *([] if arm == FREE else [f"constraint={arm}"])]
 
 
-def train(task: tuple[str, Path, Sequence[str]]) -> None:
-    """One run, in this process, unless it came to its end before."""
-    config, folder, given = task
-    if not (folder / "policy").is_dir():
-        posttrain.train(ADDITION / config, given, output="quiet")
-
-
-def train_all(jobs: int, tasks: Sequence[tuple[str, Path, Sequence[str]]]) -> None:
-    """Some at a time, each in a process of its own."""
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        list(pool.map(train, tasks))
-
-
-def last_quarter(folder: Path, metric: str) -> float:
-    """Mean over the rollouts of the last quarter of the iterations."""
-    found = [record[metric] for record in read_metrics(folder) if metric in record]
-    return statistics.fmean(found[-(len(found) // 4):])
-
-
 def accuracy(folder: Path) -> float:
     """Greedy, in per cent, after the last iteration."""
-    metric = "eval/reward/correct/mean"
-    return 100 * float([record[metric] for record in read_metrics(folder) if metric in record][-1])
+    return 100 * history(folder, "eval/reward/correct/mean")[-1][1]
 
 
 def draw(seeds: Sequence[int], arms: Sequence[str], target: Path) -> None:
@@ -114,7 +99,7 @@ def draw(seeds: Sequence[int], arms: Sequence[str], target: Path) -> None:
     for axis, (name, metric) in zip(axes, metrics.items(), strict=True):
         for color, arm in enumerate(arms):
             for i, seed in enumerate(seeds):
-                found = [(r["step"], r[metric]) for r in read_metrics(RUNS / str(seed) / arm) if metric in r]
+                found = history(RUNS / str(seed) / arm, metric)
                 axis.plot(*zip(*found, strict=True), color=f"C{color}", alpha=0.75, linewidth=1.2,
                           label=arm if i == 0 else None)
         if name in LIMITS:
@@ -133,13 +118,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
-    runpy.run_path(str(ADDITION / "demo.py"))["write_data"](ADDITION / "data")
+    write_data()
+    write_demonstrations(ADDITION / "data" / "train.jsonl", RUNS / "marked.jsonl")
     arms = [FREE, *options.methods]
-    train_all(options.jobs, [("sft.yaml", RUNS / str(seed) / "sft", [
-        f"run={RUNS / str(seed) / 'sft'}", f"seed={seed}", "threads=1"]) for seed in options.seeds])
-    train_all(options.jobs, [("rl.yaml", RUNS / str(seed) / arm, settings(seed, arm, options.steps))
+    train_all(options.jobs, [Task("sft.yaml", RUNS / str(seed) / "sft", [
+        f"seed={seed}", f"task.path={RUNS / 'marked.jsonl'}",
+        "rollout.max_new_tokens=6"]) for seed in options.seeds])
+    train_all(options.jobs, [Task("rl.yaml", RUNS / str(seed) / arm, settings(seed, arm, options.steps))
                              for seed in options.seeds for arm in arms])
     print("| seed | arm | length | over its limit | share with + | over its limit | accuracy | beside free |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")

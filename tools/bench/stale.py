@@ -20,28 +20,20 @@ About 80 CPU seconds a run (`half, replay`: 140), one thread each, two runs side
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import runpy
 import shutil
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import posttrain
 import yaml
-from posttrain.rundir import CONFIG, read_metrics
+from addition_runs import ACCURACY, ROOT, Task, finished, history, train_all, write_data
+from posttrain.rundir import CONFIG
 
-ROOT = Path(__file__).resolve().parents[2]
-ADDITION = ROOT / "examples" / "addition"
 RUNS = ROOT / "runs" / "bench-stale"
 
 STALE = "rollout.staleness={age}"
-COMMON = ("kl=none", "threads=1", "checkpoint.every=0")
+COMMON = ("kl=none", "checkpoint.every=0")
 """No KL to the warm start in any arm: its adaptive coefficient is steered by a KL that is measured on the sampler's
 answers, so it would differ between the arms and hide what the corrections do."""
 HALF = "rollout.prompts_per_step=32"
@@ -90,40 +82,12 @@ def place(runs: Path, seed: int, arm: str) -> Path:
     return runs / str(seed) / arm.replace(",", "").replace(" ", "-")
 
 
-class Task(NamedTuple):
-    """One run: the config of the example, where it goes and what is set."""
-
-    config: str
-    folder: Path
-    settings: Sequence[str]
-
-
-def train(task: Task) -> None:
-    """One run, in this process."""
-    shutil.rmtree(task.folder, ignore_errors=True)
-    posttrain.train(ADDITION / task.config, [f"run={task.folder}", *task.settings], output="quiet")
-
-
-def finished(folder: Path) -> bool:
-    """Whether the run came to its end."""
-    return (folder / "policy").is_dir()
-
-
 def learned(folder: Path) -> Curve:
     """What a finished run measured on the held-out problems."""
     rollout = yaml.safe_load((folder / CONFIG).read_text("utf-8"))["rollout"]
-    found = [record for record in read_metrics(folder) if "eval/reward/mean" in record]
-    return Curve([record["step"] for record in found], [100 * record["eval/reward/mean"] for record in found],
+    found = history(folder, ACCURACY)
+    return Curve([step for step, _ in found], [100 * accuracy for _, accuracy in found],
                  rollout["prompts_per_step"] * rollout["group_size"])
-
-
-def train_all(jobs: int, tasks: Sequence[Task]) -> None:
-    """Train all of them, several side by side, each in a process of its own; raises what the first failing one did."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the new processes load a framework
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for number, done in enumerate(as_completed([pool.submit(train, task) for task in tasks]), 1):
-            done.result()
-            print(f"{number} of {len(tasks)} runs", file=sys.stderr, flush=True)
 
 
 def table(curves: Mapping[str, Mapping[int, Curve]], seeds: Sequence[int]) -> str:
@@ -177,18 +141,17 @@ def draw(curves: Mapping[str, Mapping[int, Curve]], output: Path) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Train the warm starts and then all arms."""
-    runpy.run_path(str(ADDITION / "demo.py"))["write_data"](ADDITION / "data")
-
-    def left(tasks: Sequence[Task]) -> list[Task]:
-        return [task for task in tasks if not (options.keep and finished(task.folder))]
-
+    write_data()
+    if not options.keep:
+        for arm in ("sft", *options.arms):
+            for seed in options.seeds:
+                shutil.rmtree(place(options.runs, seed, arm), ignore_errors=True)
     warm = {seed: place(options.runs, seed, "sft") for seed in options.seeds}
-    train_all(options.jobs, left([Task("sft.yaml", folder, (f"seed={seed}", "threads=1"))
-                                  for seed, folder in warm.items()]))
-    train_all(options.jobs, left([Task("rl.yaml", place(options.runs, seed, arm), (
+    train_all(options.jobs, [Task("sft.yaml", folder, (f"seed={seed}",)) for seed, folder in warm.items()])
+    train_all(options.jobs, [Task("rl.yaml", place(options.runs, seed, arm), (
         f"seed={seed}", f"policy.weights={warm[seed] / 'policy'}", *COMMON,
         *(setting.replace("{age}", str(options.staleness)) for setting in ARMS[arm]), *options.settings))
-        for seed in options.seeds for arm in options.arms]))
+        for seed in options.seeds for arm in options.arms])
 
 
 def main() -> None:
