@@ -184,6 +184,85 @@ def test_a_deleted_mlflow_run_is_made_anew(files: RunDirectory, store: Any) -> N
     assert only_run(store).info.run_id != deleted
 
 
+def another(files: RunDirectory, name: str) -> RunDirectory:
+    """A second run beside the first."""
+    config, manifest = (files.path / "config.yaml").read_text(), json.loads((files.path / "manifest.json").read_text())
+    return RunDirectory.create(files.path.parent / name, config=config, manifest=manifest)
+
+
+def parents(client: Any) -> list[Any]:
+    experiment = client.get_experiment_by_name("posttrain")
+    return list(client.search_runs([experiment.experiment_id], filter_string=f"tags.`{ours.PARENT}` LIKE '%'"))
+
+
+def children(client: Any, parent: Any) -> list[str]:
+    """Names of the runs that MLflow shows under it."""
+    found = client.search_runs([parent.info.experiment_id],
+                               filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return sorted(run.info.run_name for run in found)
+
+
+@pytest.mark.parametrize("name", ["front", "it's a \"front\" of 50% ü"])
+def test_mlflow_shows_runs_under_their_parent(name: str, files: RunDirectory, store: Any) -> None:
+    """One parent, also after a resume that names another one, and where only the key is left of a ledger."""
+    tracker = Mlflow(parent=name)
+    write(files, range(0, 3))
+    bring(tracker, "mlflow", files, "failed")
+    with another(files, "two") as second:
+        write(second, range(0, 3))
+        bring(tracker, "mlflow", second, "finished")
+    write(files, range(3, 5))
+    bring(Mlflow(parent="other"), "mlflow", files)
+    (ledger,) = ledgers(files.path)
+    ledger.__class__(ledger.tracker, ledger.fields, ledger.place, ledger.key).save(files.path)
+    bring(tracker, "mlflow", files, "finished")
+    (parent,) = parents(store)
+    assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (name, "FINISHED", {})
+    assert ours.KEY not in parent.data.tags and parent.info.end_time
+    assert children(store, parent) == ["one", "two"]
+    assert len(store.search_runs([parent.info.experiment_id])) == 3
+    files.close()
+    write(reopened := RunDirectory.open(files.path), range(5, 6))
+    reopened.close()
+    (sent,) = sync(files.path, [], {}, discover())
+    assert (sent.records, sent.error) == (1, "") and len(store.search_runs([parent.info.experiment_id])) == 3
+
+
+@pytest.mark.parametrize("broken", ["set_terminated", "create_run"])
+def test_a_server_that_dies_while_a_parent_is_made(
+        broken: str, files: RunDirectory, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the parent has ended, or before its first child is made: the next connection goes on with it."""
+    real = getattr(type(store), broken)
+
+    def dies(client: Any, *arguments: Any, **named: Any) -> Any:
+        if broken == "create_run" and "mlflow.parentRunId" not in named["tags"]:
+            return real(client, *arguments, **named)
+        raise ConnectionError("the server died")
+
+    write(files, range(0, 3))
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(type(store), broken, dies)
+        bring(Mlflow(parent="front"), "mlflow", files)
+    (parent,) = parents(store)
+    assert children(store, parent) == []
+    assert bring(Mlflow(parent="front"), "mlflow", files) == 3
+    (same,) = parents(store)
+    assert same.info.run_id == parent.info.run_id and same.info.status == "FINISHED"
+    assert children(store, same) == ["one"]
+
+
+def test_of_several_mlflow_parents_the_oldest_is_taken_and_no_deleted_one(files: RunDirectory, store: Any) -> None:
+    """Two processes may make one at once."""
+    bring(Mlflow(), "mlflow", files)
+    experiment = store.get_experiment_by_name("posttrain").experiment_id
+    _, oldest, deleted = [store.create_run(experiment, start_time=time, tags={ours.PARENT: "front"})
+                          for time in (3, 2, 1)]
+    store.delete_run(deleted.info.run_id)
+    with another(files, "two") as second:
+        bring(Mlflow(parent="front"), "mlflow", second)
+    assert [run.info.status for run in parents(store)] == 2 * ["FINISHED"] and children(store, oldest) == ["two"]
+
+
 def test_a_record_larger_than_mlflow_takes_at_once(files: RunDirectory, store: Any) -> None:
     for step in range(2):
         files.append_metrics(step, {**{f"m/{i}": float(i) for i in range(1500)}, "timing/seconds": 1.0})

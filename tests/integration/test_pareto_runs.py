@@ -368,13 +368,18 @@ def test_a_damaged_record_and_a_folder_in_use(covered: Path, tmp_path: Path) -> 
         pareto(file)
 
 
+def settings_of_trackers(plan: Any) -> list[str]:
+    return [setting for setting in plan.settings_of(plan.candidates[0]) if setting.startswith("trackers.")]
+
+
 @pytest.mark.needs("mlflow", "sqlalchemy", "alembic")
-def test_runs_in_mlflow_are_marked_as_of_one_front(tmp_path: Path) -> None:
+def test_runs_in_mlflow_are_shown_under_one_of_the_front(tmp_path: Path) -> None:
     from posttrain_objectives.pareto.plan import read
 
     plan = read(written(tmp_path, {"trackers": {"mine": "mlflow", "jsonl": "jsonl"}}), [], discover())
-    tags = [setting for setting in plan.settings_of(plan.candidates[0]) if setting.startswith("trackers.")]
-    assert tags == ['trackers.mine.tags.front="front"']
+    assert settings_of_trackers(plan) == ['trackers.mine.parent="front"']
+    named = read(plan.file, ["base.trackers.mine.parent=sweep"], discover())
+    assert settings_of_trackers(named) == ["trackers.mine.parent=sweep"], "the user's own stays"
 
 
 @pytest.mark.parametrize(("combiner", "keys"), [

@@ -120,15 +120,20 @@ class VTrace:
         """[N] advantages and targets; `keep` where `truncation` is `mask`."""
         delta, v = differences(self, episodes)
         xp = ops_of(delta).xp
-        ratio = xp.astype(xp.exp(log_ratios(episodes, self.trace_unit, self.trace_ratio, self.dead_zone)), delta.dtype)
+        log_ratio = log_ratios(episodes, self.trace_unit, self.trace_ratio, self.dead_zone)
+        ratio = xp.astype(xp.exp(log_ratio), delta.dtype, copy=False)
+        del log_ratio  # columns are large
         rho = self._leaky(ratio, self.rho_max)
         c = rho if self.c_max == self.rho_max else self._leaky(ratio, self.c_max)
         if self.trace_ratio == "sum":
             c = at_unit_ends(c, self.trace_unit, episodes)
         errors = reverse_recurrence(self.gamma * self.lam * c, rho * delta, episodes.offsets)
-        later = next_values(errors, xp.zeros_like(errors[:episodes.n_episodes]), episodes)
-        A = delta + self.gamma * (1.0 if self.pg_bootstrap == "vs" else self.lam) * later
-        estimate = estimate_of(self, A, v + errors, v, episodes)
+        A = next_values(errors, xp.zeros_like(errors[:episodes.n_episodes]), episodes)
+        A *= self.gamma * (1.0 if self.pg_bootstrap == "vs" else self.lam)
+        A += delta
+        del delta
+        errors += v
+        estimate = estimate_of(self, A, errors, v, episodes)
         if self.weighted:  # after whitening, whose mean would give an advantage to what has no weight
             estimate = replace(estimate, advantages=rho * estimate.advantages)
         return with_ratios(estimate, ratio, rho_max=self.rho_max, c_max=self.c_max)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import yaml
 
@@ -38,6 +38,12 @@ POLICY = "policy"
 
 KEY = "posttrain.key"
 """Tag by which a run is found whose making was not answered."""
+
+PARENT = "posttrain.parent"
+"""Tag by which a run is found that others are shown under: its name, without the quotes that no search can hold."""
+
+SOURCE = {"mlflow.source.name": "posttrain", "mlflow.source.type": "LOCAL"}
+"""Tags of every run that is made here."""
 
 MARKER = "timing/seconds"
 """Metric that every record has: its history tells which steps have arrived. Sent last of a record."""
@@ -83,6 +89,9 @@ class Mlflow:
     """Empty takes the name of the run directory."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Further tags of the run."""
+    parent: str = ""
+    """Name of a run of the experiment that this one is shown under; made where it does not exist. Runs that name the
+    same one share it, wherever they are, and a run that is there already keeps the one that it was made with."""
     system_metrics: bool = True
     """Also show memory and CPU of the training process among MLflow's system metrics."""
     register_as: str = ""
@@ -315,11 +324,30 @@ def _found(client: MlflowClient, experiment: str, ledger: Ledger) -> Run | None:
 def _made(client: MlflowClient, experiment: str, tracker: Mlflow, directory: Path, ledger: Ledger) -> Run:
     manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
     started = manifest.get("started")
-    tags = {"mlflow.source.name": "posttrain", "mlflow.source.type": "LOCAL", KEY: ledger.key,
+    tags = {**SOURCE, KEY: ledger.key,
             "posttrain.version": str(manifest.get("posttrain")), "posttrain.directory": str(directory.resolve()),
             **{str(name): str(value) for name, value in tracker.tags.items()}}
+    if tracker.parent:
+        tags["mlflow.parentRunId"] = _parent(client, experiment, tracker.parent)
     return client.create_run(experiment, run_name=tracker.run_name or directory.resolve().name, tags=tags,
                              start_time=round(1000 * datetime.fromisoformat(started).timestamp()) if started else None)
+
+
+def _parent(client: MlflowClient, experiment: str, name: str) -> str:
+    """Identity of the run of that name that others are shown under, made where there is none; the oldest of several.
+    It holds no metrics, so it has ended."""
+    def by_age() -> Sequence[Run]:
+        return client.search_runs([experiment], filter_string=f"tags.`{PARENT}` = '{quote(name)}'",
+                                  order_by=["attributes.start_time ASC"])
+
+    found = by_age()
+    if not found:
+        made = client.create_run(experiment, run_name=name, tags={**SOURCE, PARENT: quote(name)})
+        found = by_age() or [made]  # another process may have made one in this moment
+    for run in found:
+        if run.info.status != "FINISHED":  # also one whose making was not answered
+            client.set_terminated(run.info.run_id)
+    return str(found[0].info.run_id)
 
 
 def _describe(client: MlflowClient, run: Run, directory: Path) -> None:

@@ -127,14 +127,16 @@ class Plan:
         return self.directory.resolve().name
 
     def settings_of(self, candidate: Candidate) -> list[str]:
-        """All settings over the base for a candidate's run: evaluated at its end, in its own folder, and marked in
-        MLflow as one of this front."""
+        """All settings over the base for a candidate's run: evaluated at its end, in its own folder, and shown
+        in MLflow under a run of this front's name, unless the base names another one."""
         own = [*of_base(self.overrides), *candidate.settings, f"run={json.dumps(str(self.directory / candidate.name))}"]
         if not self.loaded.settings.evaluate.every:
             own.append(f"evaluate.every={self.loaded.settings.steps}")
-        return own + [f"{key}.tags.front={json.dumps(self.name)}"
+        trackers = self.loaded.settings.trackers
+        return own + [f"{key}.parent={json.dumps(self.name)}"
                       for key, component in self.loaded.components.items()
-                      if key.startswith("trackers.") and component.name == "mlflow"]
+                      if key.startswith("trackers.") and component.name == "mlflow"
+                      and not trackers[key.removeprefix("trackers.")].parent]
 
     def fingerprint(self) -> str:
         """SHA-256 of what all points share: the base configuration as a run keeps it, and its Python files."""
