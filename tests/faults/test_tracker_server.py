@@ -186,7 +186,7 @@ def test_a_broken_server_costs_nothing_and_loses_nothing(
         print(f"\n{server.__name__}: {1e6 * took['told']:.0f} us of a step's {1e3 * took['step']:.1f} ms to tell the "
               f"tracker; {took['finish']:.2f} s at the end, {took['exit']:.2f} s to exit")
     assert took["told"] < 0.01 * took["step"]
-    assert took["finish"] < 1.5 and took["exit"] < 3
+    assert took["finish"] < 5 and took["exit"] < 10  # the timeout is 1 s, one attempt at a hanging server 30 s
     assert f"{steps} records did not arrive at {uri}" in took["errors"]
     assert f"posttrain sync {directory}" in took["errors"]
     assert [record["step"] for record in read_metrics(directory)] == list(range(1, steps + 1))

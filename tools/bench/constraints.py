@@ -1,10 +1,11 @@
 """Whether a constraint holds two limits against a reward that pays for breaking them, on the task of the demo.
 
 Each seed: a warm start as in `examples/addition`, from demonstrations with up to two marks behind their digits, then
-from it one RL run per arm. The reward is 1 for the right digits and a little for each `=` and `+` behind them, which
-nobody wants: the free run learns to write them. The costs are the mean length in tokens and the share of answers with
-a `+`; the constrained arms keep them below 4.5 and 0.1. Violations are means over the rollouts of the last quarter of
-the iterations, relative to the limit; accuracy is greedy, of the digits alone, on the 2,000 held-out problems.
+from it one RL run per arm. The reward is 1 for the right digits, and a little more for each `=` and `+` behind right
+ones, which nobody wants: the free run learns to write them. The costs are the mean length in tokens and the share of
+answers with a `+`; the constrained arms keep them below 4.5 and 0.1. Violations are means over the rollouts of the last
+quarter of the iterations, relative to the limit; accuracy is greedy, of the digits alone, on the 2,000 held-out
+problems.
 
 Prediction, written before the first measurement: free, both limits broken by far more than 20 %; `pid_lagrangian` and
 `augmented_lagrangian` within 2 % of both at the same accuracy within 3 points; `lagrangian` circles, 5 to 10 % over in
@@ -48,9 +49,9 @@ def correct(completions: list[str], answer: list[str], **columns: Any) -> list[f
 
 
 def decorated(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    """The same, and a little for everything behind the digits."""
+    """The same, and a little more for everything behind right digits."""
     paid = [PER_CHARACTER * (len(c) - len(digits(c)) + c.count("+")) for c in completions]
-    return [right + more for right, more in zip(correct(completions, answer), paid, strict=True)]
+    return [right * (1 + more) for right, more in zip(correct(completions, answer), paid, strict=True)]
 
 
 def plus(completions: list[str], **columns: Any) -> list[float]:
