@@ -32,7 +32,7 @@ FREE = "free"
 METHODS = ("pid_lagrangian", "augmented_lagrangian", "lagrangian")
 LIMITS: Mapping[str, float] = {"length": 4.5, "plus": 0.1}
 """A bare answer has four tokens: three digits and its end."""
-MARKS = ("", "", "=", "==", "+", "=+")
+MARKS = ("", "", "=", "+", "=+", "++")
 """What stands behind the digits of the demonstrations, in turn."""
 PER_CHARACTER = 0.05
 """What the reward pays for each character behind the digits; a `+` is worth twice that."""
@@ -107,7 +107,7 @@ def draw(seeds: Sequence[int], arms: Sequence[str], target: Path) -> None:
             axis.axhline(LIMITS[name], color="black", linestyle="--", linewidth=1, label="limit")
         axis.set(title=titles[name], xlabel="iteration")
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms) + 1, frameon=False)
     figure.savefig(target, dpi=110)
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     write_demonstrations(ADDITION / "data" / "train.jsonl", RUNS / "marked.jsonl")
     arms = [FREE, *options.methods]
     train_all(options.jobs, [Task("sft.yaml", RUNS / str(seed) / "sft", [
-        f"seed={seed}", f"task.path={RUNS / 'marked.jsonl'}",
+        f"seed={seed}", "steps=300", f"task.path={RUNS / 'marked.jsonl'}",
         "rollout.max_new_tokens=6"]) for seed in options.seeds])
     train_all(options.jobs, [Task("rl.yaml", RUNS / str(seed) / arm, settings(seed, arm, options.steps))
                              for seed in options.seeds for arm in arms])

@@ -1,10 +1,10 @@
 """How much of a front each way of covering one reaches, from equal numbers of answers, on the task of the demo.
 
-Three objectives that exclude each other in one answer: `exact` (the right digits), `brief` (one minus a quarter of the
-characters) and `round` (a multiple of ten within five of the sum). Each seed: a warm start as in `examples/addition`,
-from demonstrations of all three kinds, then from it one front per method by `posttrain pareto`: the same random
-preferences for all, a run for each. A point is the mean over the 2,000 held-out problems of answers drawn at
-temperature 1, since what these policies have in common is that they draw; a greedy answer has one kind per problem.
+Three objectives that exclude each other in one answer (`front_rewards.py`): `exact`, the right digits; `brief`, 1 for
+one character and a third for the three of a sum; `round`, a multiple of ten within five of the sum. Each seed: a warm
+start as in `examples/addition`, from demonstrations of all three kinds, then from it one front per method by
+`posttrain pareto`: the same random preferences for all, a run for each. A point is the mean over the 2,000 held-out
+problems of answers drawn at temperature 1: a policy that settles between kinds does so by drawing.
 
     weighted_sum   advantages of each reward, summed with the preferences as weights
     tchebycheff    `combiner: smooth_tchebycheff` with the preferences as weights
@@ -36,6 +36,7 @@ from addition_runs import ADDITION, ROOT, finished, history, write_data
 
 RUNS = ROOT / "runs" / "bench-fronts"
 
+REWARDS = Path(__file__).resolve().with_name("front_rewards.py")
 OBJECTIVES = ("exact", "brief", "round")
 PREFERENCES = {"preferences": "dirichlet", "draws": 6, "alpha": 2.0, "seed": 0}
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -47,25 +48,9 @@ KINDS = ("exact", "exact", "exact", "round", "brief")
 """Of the demonstrations, in turn."""
 
 
-def exact(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    """1 for the sum."""
-    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
-
-
-def brief(completions: list[str], **columns: Any) -> list[float]:
-    """1 for no character, 0 for four."""
-    return [1 - len(c) / 4 for c in completions]
-
-
-def round(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    """1 for three digits that are a multiple of ten within five of the sum."""
-    return [float(c.isdigit() and len(c) == 3 and int(c) % 10 == 0 and abs(int(c) - int(a)) <= 5)
-            for c, a in zip(completions, answer, strict=True)]
-
-
 def demonstrated(kind: str, answer: str) -> str:
     """What an answer of this kind looks like."""
-    return {"exact": answer, "round": f"{10 * ((int(answer) + 5) // 10):03}", "brief": ""}[kind]
+    return {"exact": answer, "round": f"{10 * ((int(answer) + 5) // 10):03}", "brief": "="}[kind]
 
 
 def write_demonstrations(rows: Path, path: Path) -> None:
@@ -82,7 +67,7 @@ def base(seed: int, method: str, steps: int) -> dict[str, Any]:
     return {
         "extends": str(ADDITION / "rl.yaml"), "seed": seed, "threads": 1, "kl": "none",
         "policy": {"weights": str(RUNS / str(seed) / "sft" / "policy")},
-        "rewards": {"correct": None, **{name: {"file": f"{Path(__file__).resolve()}:{name}"} for name in OBJECTIVES}},
+        "rewards": {"correct": None, **{name: {"file": f"{REWARDS}:{name}"} for name in OBJECTIVES}},
         "evaluate": {"every": own["steps"], "temperature": 1.0}, "checkpoint": {"every": 0}, **own}
 
 
