@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
+from posttrain_backends._torch.models.config import config_of
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel
 from posttrain_backends._torch.models.shape import Shape
@@ -96,9 +97,7 @@ def test_hidden_equals_the_literal_reference(heads, kv_heads):
 def test_logits_equal_transformers(tied):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model, s = decoder(tied=tied), shape(tied=tied)
-    from dataclasses import asdict
-
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asdict(s))).double()
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_of(s))).double()
     missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and (not missing or (tied and missing == ["lm_head.weight"]))
     tokens, layout = ragged([11])

@@ -72,6 +72,19 @@ def test_plain_transformers_loads_it_with_equal_logits(exported: Path) -> None:
     assert model.generation_config.max_new_tokens == 4 and model.config.bos_token_id is None
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
+def test_every_family_of_native_models_is_exported_and_left_in_the_run_as_itself(family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    given = small.config(tmp_path / "run", steps=4)
+    posttrain.train({**given, "policy": {**given["policy"], "family": family, "layers": 4}}, output="quiet")
+    for folder in (tmp_path / "run" / "policy", export(tmp_path / "run", tmp_path / "out")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            theirs = model(torch.tensor(IDS)).logits.flatten(0, 1).numpy()
+        assert model.config.model_type == family
+        np.testing.assert_allclose(theirs, logits(native(folder)), atol=1e-5)
+
+
 def test_another_step_has_other_weights(run: Path, exported: Path, tmp_path: Path) -> None:
     earlier = dict(native(export(run, tmp_path / "earlier", step=2)).params())
     assert any(not torch.equal(earlier[name], p) for name, p in native(exported).params())

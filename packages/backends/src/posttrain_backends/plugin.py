@@ -12,7 +12,7 @@ def components() -> Iterable[Component]:
     """Model backends, their tokenizers, rollout engines, and GPU kernels."""
     return (
         Component("backend", "torch", "posttrain_backends.torch_native:Torch",
-                  "native Llama-family transformer or your own torch module, CPU or CUDA",
+                  "native transformer (Llama, Qwen2, Qwen3, SmolLM) or your own torch module, CPU or CUDA",
                   source="Touvron et al. 2023, arXiv 2302.13971", extra="torch"),
         Component("backend", "hf", "posttrain_backends.hf:HF",
                   "any causal language model of Hugging Face transformers, also with low-rank adapters",

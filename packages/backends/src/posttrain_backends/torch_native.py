@@ -1,4 +1,4 @@
-"""The backend `torch`: a small native transformer, or a module of the user's own, on CPU or CUDA.
+"""The backend `torch`: a native transformer, or a module of the user's own, on CPU or CUDA.
 
 This is the light part: it checks sizes and names; what computes is imported on load.
 """
@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from posttrain_backends._torch.models.shape import Shape
     from posttrain_backends._torch.models.user import UserModel
 
+_PADDED_TO = 64
+"""Published models may have a few embeddings more than tokens, up to a multiple of this (Qwen: of 128)."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class Torch:
-    """A decoder-only transformer of the Llama family, or your own module (`file`), trained with torch.
+    """A decoder-only transformer (Llama, Qwen2, Qwen3, SmolLM), or your own module (`file`), trained with torch.
+
+    A folder of `weights` may be any of these families: Llama with positions stretched as in 3.1 or linearly, SmolLM and
+    SmolLM2, which are Llamas, and SmolLM3. What is saved loads in transformers as the same family.
 
     >>> Torch(hidden_size=96, heads=5)
     Traceback (most recent call last):
@@ -46,8 +52,12 @@ class Torch:
     """Base of the rotary frequencies."""
     tied_embeddings: bool = False
     """Whether the output matrix is the embedding."""
+    family: Literal["llama", "qwen2", "qwen3", "smollm3"] = "llama"
+    """What a new model has beside Llama's parts: `qwen2` biases on queries, keys and values, `qwen3` a norm of each
+    head's query and key, `smollm3` no positions in every fourth layer."""
     weights: str = field(default="", metadata={"path": True})
-    """A folder written by a run, or a Hugging Face Llama folder. Sizes then come from its `config.json`."""
+    """A folder written by a run, or a Hugging Face folder of one of the families with safetensors. Family and sizes
+    then come from its `config.json`."""
     file: str = field(default="", metadata={"path": True})
     """`model.py:build`: your own module, `build(vocab_size) -> torch.nn.Module`, with `forward(tokens[S, T],
     positions[S, T]) -> hidden [S, T, H]` and `lm_head`. Sizes above do not apply to it."""
@@ -95,7 +105,6 @@ class Torch:
         import torch
 
         from posttrain_backends._torch.learner import TorchLearner
-        from posttrain_backends._torch.models import files
 
         if request.threads:
             torch.set_num_threads(request.threads)
@@ -106,9 +115,8 @@ class Torch:
                                action_value_heads=request.action_value_heads, head_rows=self.head_chunk,
                                comm=request.comm)
         if self.weights:
-            folder = Path(self.weights)
-            files.copy_named(files.read_weights(folder).items(), model.state_dict(), f"policy.weights {folder}")
-            learner.load_heads(folder)
+            model.load(Path(self.weights))
+            learner.load_heads(Path(self.weights))
         return learner
 
     def _decoder(self, request: LoadRequest) -> Decoder:
@@ -129,12 +137,14 @@ class Torch:
                                device=device_of(self.device, self.precision))
 
     def _shape(self, vocab_size: int) -> Shape:
-        """Sizes of the decoder, from the folder of weights where there is one."""
-        from posttrain_backends._torch.models.shape import Shape, read_shape
+        """Sizes and traits of the decoder, from the folder of weights where there is one."""
+        from posttrain_backends._torch.models.config import read_shape
+        from posttrain_backends._torch.models.shape import Shape, no_rope_layers
 
         if self.weights:
             shape = read_shape(Path(self.weights))
-            if vocab_size and vocab_size != shape.vocab_size:
+            padded = shape.vocab_size % _PADDED_TO == 0 and vocab_size < shape.vocab_size
+            if vocab_size and vocab_size != shape.vocab_size and not padded:
                 raise ConfigError(
                     [f"policy.weights {self.weights} has a vocabulary of {shape.vocab_size}, the tokenizer needs "
                      f"{vocab_size}"],
@@ -147,4 +157,5 @@ class Torch:
             intermediate_size=self.intermediate_size or 32 * -(-self.hidden_size * 8 // 96),
             num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             head_dim=self.hidden_size // self.heads, max_position_embeddings=self.max_positions,
-            rope_theta=self.rope_theta, tie_word_embeddings=self.tied_embeddings)
+            rope_theta=self.rope_theta, tie_word_embeddings=self.tied_embeddings, model_type=self.family,
+            no_rope_layers=no_rope_layers(self.layers) if self.family == "smollm3" else ())

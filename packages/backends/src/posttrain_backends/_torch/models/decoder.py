@@ -1,12 +1,14 @@
-"""The native decoder-only transformer of the Llama family: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+"""The native decoder-only transformer of Llama and its kin: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
 
 Sources: Touvron et al. 2023 (2302.13971), Su et al. 2021 (2104.09864), Zhang & Sennrich 2019 (1910.07467), Shazeer 2020
-(2002.05202), Ainslie et al. 2023 (2305.13245). Parameters carry the names of Hugging Face's Llama files, so weights are
-exchanged without a table. Linear layers run on flat [M, H] tokens; only attention sees rectangles. Knows no losses.
+(2002.05202), Ainslie et al. 2023 (2305.13245); the families stand in `shape.py`. Parameters carry the names of Hugging
+Face's files, so weights are exchanged without a table. Linear layers run on flat [M, H] tokens; only attention sees
+rectangles. Knows no losses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +21,48 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.models.files import write_model
+from posttrain_backends._torch.models.config import config_of
+from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.models.lean import Norm, swiglu
-from posttrain_backends._torch.models.shape import Shape, llama_config
+from posttrain_backends._torch.models.rope import Rope, rope_table, rotate
+from posttrain_backends._torch.models.shape import Shape
 
-Rope = tuple[Tensor, Tensor]
-"""cos and sin of each token, [M, 1, D]; sin is negative in the first half, the sign of the rotation."""
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_DERIVED = ".rotary_emb.inv_freq"
+"""In names of what older files hold beside their weights, and the configuration says."""
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention of one layer."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
+        self.head_dim, self.has_rope = shape.head_dim, shape.has_rope(layer)
         H, Q, KV = shape.hidden_size, shape.num_attention_heads * shape.head_dim, \
             shape.num_key_value_heads * shape.head_dim
-        self.q_proj, self.o_proj = nn.Linear(H, Q, bias=False), nn.Linear(Q, H, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(H, KV, bias=False), nn.Linear(H, KV, bias=False)
+        self.q_proj, self.o_proj = nn.Linear(H, Q, shape.qkv_bias), nn.Linear(Q, H, shape.attention_bias)
+        self.k_proj, self.v_proj = nn.Linear(H, KV, shape.qkv_bias), nn.Linear(H, KV, shape.qkv_bias)
+        self.q_norm, self.k_norm = (
+            Norm(shape.head_dim, shape.rms_norm_eps) if shape.qk_norm else None for _ in range(2))
+
+    def head_norms(self) -> Tensor | None:
+        """[heads + kv_heads, D] the weights of the norms of each head's query and key."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return torch.cat([norm.weight.detach().expand(linear.out_features // self.head_dim, -1)
+                          for norm, linear in ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj))])
 
     def forward(self, x: Tensor, norm: Norm, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """[M, H] -> [M, H], keys and values [M, kv_heads, D]; reads `norm` of x."""
-        projected = norm.linears(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
-        q, k = rotate(q, rope), rotate(k, rope)
+        linears = self.q_proj, self.k_proj, self.v_proj
+        projected = norm.linears(x, *(linear.weight for linear in linears))
+        q, k, v = (biased(y, linear.bias).view(len(x), -1, self.head_dim) for y, linear in zip(projected, linears))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = head_norm(q, self.q_norm), head_norm(k, self.k_norm)
+        if self.has_rope:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return self.o_proj(causal_attention(q, k, v, layout).flatten(1)), k, v
 
 
@@ -52,22 +71,23 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        H, I = shape.hidden_size, shape.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(H, I, bias=False), nn.Linear(H, I, bias=False)
-        self.down_proj = nn.Linear(I, H, bias=False)
+        H, I, bias = shape.hidden_size, shape.intermediate_size, shape.mlp_bias
+        self.gate_proj, self.up_proj = nn.Linear(H, I, bias), nn.Linear(H, I, bias)
+        self.down_proj = nn.Linear(I, H, bias)
 
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """[M, H] -> [M, H]; reads `norm` of x."""
         gate, up = norm.linears(x, self.gate_proj.weight, self.up_proj.weight)
-        return swiglu(gate, up, self.down_proj.weight)
+        gate, up = biased(gate, self.gate_proj.bias), biased(up, self.up_proj.bias)
+        return biased(swiglu(gate, up, self.down_proj.weight), self.down_proj.bias)
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and beside a residual path."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(shape), MLP(shape)
+        self.self_attn, self.mlp = Attention(shape, layer), MLP(shape)
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -77,12 +97,15 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(x, self.post_attention_layernorm), k, v
 
     def for_decoding(self, dtype: torch.dtype) -> LayerWeights:
-        """The layer's weights for `decode_layer`; joined matrices in the type they are multiplied in."""
+        """The layer's weights for `decode_layer`; what is joined in the type it is multiplied in."""
         attention, mlp = self.self_attn, self.mlp
+        qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
         return LayerWeights(
-            self.input_layernorm.weight, side_by_side(attention.q_proj, attention.k_proj, attention.v_proj).to(dtype),
-            attention.o_proj.weight, self.post_attention_layernorm.weight,
-            side_by_side(mlp.gate_proj, mlp.up_proj).to(dtype), mlp.down_proj.weight)
+            self.input_layernorm.weight, side_by_side(*(linear.weight for linear in qkv)).to(dtype),
+            joined_bias(qkv, dtype), attention.head_norms(), attention.has_rope, attention.o_proj.weight,
+            attention.o_proj.bias, self.post_attention_layernorm.weight,
+            side_by_side(*(linear.weight for linear in gate_up)).to(dtype), joined_bias(gate_up, dtype),
+            mlp.down_proj.weight, mlp.down_proj.bias)
 
 
 class Trunk(nn.Module):
@@ -91,7 +114,7 @@ class Trunk(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(shape, layer) for layer in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
 
@@ -114,14 +137,17 @@ class Decoder(nn.Module):
                 self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.to(dtype).to_empty(device=device)
         self._initialise(seed)
-        self._cos, self._sin = rope_table(shape, dtype, torch.device(device))
+        self._cos, self._sin = rope_table(shape.max_position_embeddings, shape.head_dim, shape.rope_theta,
+                                          shape.rope_scaling, dtype, torch.device(device))
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Norms to 1 and matrices to N(0, 0.02^2), drawn in float32 on the host: equal on all devices and types."""
+        """Norms to 1, biases to 0 and matrices to N(0, 0.02^2), drawn in float32 on the host: equal on all devices and
+        types."""
         generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            p.copy_(torch.ones(p.shape) if p.ndim == 1 else torch.empty(p.shape).normal_(0, 0.02, generator=generator))
+        for name, p in self.named_parameters():
+            p.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator) if p.ndim > 1
+                    else torch.full(p.shape, float(not name.endswith("bias"))))
 
     @property
     def output_weight(self) -> Tensor:
@@ -154,8 +180,18 @@ class Decoder(nn.Module):
             return cast(Tensor, self.model.norm(x))
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face Llama folder."""
-        write_model(folder, llama_config(self.shape), self.state_dict())
+        """Write a Hugging Face folder of the model's family."""
+        write_model(folder, config_of(self.shape), self.state_dict())
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder, in whatever type they are. Raises `ConfigError` where they do not fit."""
+        weights = {name: tensor for name, tensor in read_weights(folder).items() if not name.endswith(_DERIVED)}
+        again = weights.pop(OUTPUT, None) if self.shape.tie_word_embeddings else None
+        if again is not None and not torch.equal(again, weights.get(EMBEDDING, again)):
+            raise ConfigError([f"{folder} ties the output matrix to the embedding (tie_word_embeddings), but "
+                               f"{OUTPUT} and {EMBEDDING} differ"],
+                              next_step="Set tie_word_embeddings to false in its config.json to take both.")
+        copy_named(weights.items(), self.state_dict(), f"policy.weights {folder}")
 
     def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """[M] -> hidden [M, H], and the keys and values of each layer, [M, kv_heads, D]."""
@@ -227,11 +263,18 @@ class LayerWeights:
     input_norm: Tensor
     qkv: Tensor
     """[(heads + 2 kv_heads) D, H]"""
+    qkv_bias: Tensor | None
+    head_norms: Tensor | None
+    """[heads + kv_heads, D]"""
+    has_rope: bool
     o: Tensor
+    o_bias: Tensor | None
     post_attention_norm: Tensor
     gate_up: Tensor
     """[2 I, H]"""
+    gate_up_bias: Tensor | None
     down: Tensor
+    down_bias: Tensor | None
 
 
 def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, step: _Step, keys: Tensor,
@@ -239,57 +282,57 @@ def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, ste
     """`DecoderLayer` for one token [B, H] per cache row; writes `keys` and `values` [B, kv_heads, T, D] in place."""
     (B, H), kv, D = x.shape, shape.num_key_value_heads, shape.head_dim
     normed = F.rms_norm(x, (H,), weights.input_norm, shape.rms_norm_eps)
-    heads = F.linear(normed, weights.qkv).view(B, -1, D)
-    turned = rotate(heads[:, :-kv], rope)
+    heads = F.linear(normed, weights.qkv, weights.qkv_bias).view(B, -1, D)
+    turned = heads[:, :-kv]
+    if weights.head_norms is not None:
+        turned = F.rms_norm(turned.to(weights.head_norms.dtype), (D,), None, shape.rms_norm_eps) * weights.head_norms
+    turned = (rotate(turned, rope) if weights.has_rope else turned).to(heads.dtype)
     q, k = turned[:, :-kv], turned[:, -kv:]
     keys[step.cells], values[step.cells] = k, heads[:, -kv:]
     keys, values = keys[:, :, :step.columns].flatten(0, 1), values[:, :, :step.columns].flatten(0, 1)
     q = q.reshape(B * kv, -1, D)  # the queries of one kv head side by side: k, v are not repeated
     scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=D**-0.5)
     attended = torch.bmm(torch.softmax(scores, dim=-1), values).view(B, -1)
-    x = x + F.linear(attended, weights.o)
+    x = x + F.linear(attended, weights.o, weights.o_bias)
     normed = F.rms_norm(x, (H,), weights.post_attention_norm, shape.rms_norm_eps)
-    gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-    return x + swiglu(gate, up, weights.down)
+    gate, up = F.linear(normed, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
+    return x + biased(swiglu(gate, up, weights.down), weights.down_bias)
 
 
 @torch.inference_mode(False)  # samplers run in inference mode, and what is made there could not be trained
 @torch.no_grad()
-def side_by_side(*linears: nn.Linear) -> Tensor:
-    """Their matrices one below the other, without a second copy: where they do not lie so already, they are moved.
+def side_by_side(*parameters: Tensor) -> Tensor:
+    """Matrices or biases one below the other, without a second copy: where they do not lie so already, they are moved.
 
     The parameters stay the same objects and become views of the whole, so what updates them in place updates it.
     """
-    weights = [linear.weight for linear in linears]
-    first, rows = weights[0], sum(len(w) for w in weights)
-    starts = [first.data_ptr() + first.element_size() * first.shape[1] * sum(len(w) for w in weights[:i])
-              for i in range(len(weights))]
-    same = {w.untyped_storage().data_ptr() for w in weights} == {first.untyped_storage().data_ptr()}
-    if same and [w.data_ptr() for w in weights] == starts:
-        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    whole = torch.cat([w.detach() for w in weights])
-    for w, part in zip(weights, torch.split(whole, [len(w) for w in weights])):
-        w.data = part
+    first, lengths = parameters[0], [len(p) for p in parameters]
+    row = first.element_size() * first[0].numel()
+    starts = [first.data_ptr() + row * sum(lengths[:i]) for i in range(len(lengths))]
+    same = {p.untyped_storage().data_ptr() for p in parameters} == {first.untyped_storage().data_ptr()}
+    if same and [p.data_ptr() for p in parameters] == starts:
+        return first.detach().as_strided((sum(lengths), *first.shape[1:]), first.stride())
+    whole = torch.cat([p.detach() for p in parameters])
+    for p, part in zip(parameters, torch.split(whole, lengths)):
+        p.data = part
     return whole
 
 
-def rope_table(shape: Shape, dtype: torch.dtype, device: torch.device) -> Rope:
-    """cos and signed sin of position * theta^(-2i/D), each [max_positions, 1, D], repeated for both halves.
-
-    Computed in float64 and kept in float32 or better: in bfloat16 neighbouring positions would coincide.
-    """
-    D = shape.head_dim
-    frequency = shape.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    angle = torch.arange(shape.max_position_embeddings, dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
-    return torch.cat([cos, cos], -1).to(device, dtype), torch.cat([-sin, sin], -1).to(device, dtype)
+def joined_bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
+    """Their biases one after the other, if they have any; see `side_by_side`."""
+    biases = [p for linear in linears for name, p in linear.named_parameters() if name == "bias"]
+    return side_by_side(*biases).to(dtype) if biases else None
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of [M, heads, D] by its position's angle (2104.09864, eq. 34), in float32."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
+def biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y + bias in the type of y, as a linear layer adds it."""
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def head_norm(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of each head of [M, heads, D], in the type of its weight."""
+    normed: Tensor = norm(x.flatten(0, 1).to(norm.weight.dtype))
+    return normed.view_as(x)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -1,6 +1,6 @@
 """Model folders: safetensors under Hugging Face names, and `config.json`. Knows no model and no learner.
 
-A folder of the native decoder is a Hugging Face Llama folder and the other way round. Nothing is unpickled.
+A folder of the native decoder is a Hugging Face folder of its family and the other way round. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,18 +14,30 @@ from posttrain.errors import ConfigError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder of a Llama, Qwen2, Qwen3 or "
+             "SmolLM model with safetensors.")
 VALUE_HEAD, ACTION_VALUE_HEAD = "value_head.safetensors", "action_value_head.safetensors"
 """Of a learner, beside the model's own files."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's model, from one file or from several; without the heads of a learner."""
-    paths = sorted(p for p in folder.glob("*.safetensors") if p.name not in (VALUE_HEAD, ACTION_VALUE_HEAD))
-    if not paths:
-        raise ConfigError([f"{folder} holds no *.safetensors"],
-                          next_step="policy.weights names a folder written by a run, or a Hugging Face Llama folder.")
+    """All tensors of a folder's model, from one file or from those its index names; other files are left alone."""
+    paths = _weight_files(folder)
+    if absent := [path.name for path in paths if not path.is_file()]:
+        raise ConfigError([f"{folder} has no {name}, which its {INDEX} names" for name in absent],
+                          next_step="Copy or download the folder again, with all its files.")
     return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One file before several, as in transformers."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ConfigError([f"{folder} holds neither {WEIGHTS} nor {INDEX}"], next_step=NO_FOLDER)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def read_head(folder: Path, file: str) -> dict[str, Tensor]:

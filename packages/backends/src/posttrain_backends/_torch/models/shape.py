@@ -1,26 +1,54 @@
-"""Sizes of the native decoder, and the `config.json` of a Hugging Face Llama folder that holds them."""
+"""Sizes and traits of the native decoder, and the families of models that have them. Knows no file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import final
+from dataclasses import dataclass, field
+from typing import Literal, final
 
-from posttrain.errors import ConfigError
+from posttrain_backends._torch.models.rope import Scaling
 
-from posttrain_backends._torch.models.files import CONFIG
+ModelType = Literal["llama", "qwen2", "qwen3", "smollm3"]
 
-_REFUSED: Mapping[str, tuple[object, ...]] = {
-    "rope_scaling": (None,), "attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")}
-"""Keys of a Llama config that change the model, and the values the native decoder computes."""
+
+@final
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The models of one `model_type`: what they all have, what a file may say of one, and what its silence means."""
+
+    architecture: str
+    """Their class in transformers."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, whatever the file says, and no other matrix has."""
+    qk_norm: bool = False
+    """Each head's query and key pass an RMSNorm before they are turned (as in 2302.05442, there a LayerNorm)."""
+    traits: frozenset[str] = frozenset()
+    """Keys of a file that it heeds, of those that not all families do."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What transformers takes where the file has no such key; in most families Llama's."""
+
+
+_BIASES = frozenset({"attention_bias", "mlp_bias"})
+_WINDOWS = frozenset({"use_sliding_window", "max_window_layers"})
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+FAMILIES: Mapping[ModelType, Family] = {
+    "llama": Family("LlamaForCausalLM", traits=_BIASES),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, traits=_WINDOWS, defaults=_QWEN),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, traits=_WINDOWS | {"attention_bias"},
+                    defaults={**_QWEN, "head_dim": 128}),
+    "smollm3": Family("SmolLM3ForCausalLM",
+                      traits=_BIASES | {"no_rope_layers", "no_rope_layer_interval", "use_sliding_window"},
+                      defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True,
+                                "no_rope_layer_interval": 4}),
+}
+"""Touvron et al. 2023 (2302.13971), also SmolLM and SmolLM2; Yang et al. 2024 (2407.10671) and 2025 (2505.09388);
+Bakouch et al. 2025, whose layers without positions follow 2501.18795."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a decoder, under the names of Hugging Face's `LlamaConfig`."""
+    """Sizes and traits of a decoder, under the names of Hugging Face's configs."""
 
     vocab_size: int
     hidden_size: int
@@ -33,32 +61,31 @@ class Shape:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    model_type: ModelType = "llama"
+    rope_scaling: Scaling | None = None
+    attention_bias: bool = False
+    """On queries, keys, values and the output of attention."""
+    mlp_bias: bool = False
+    """On all three matrices."""
+    no_rope_layers: tuple[int, ...] = ()
+    """Per layer 1 where it has rotary positions and 0 where it has none; () gives all layers theirs."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias or FAMILIES[self.model_type].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return FAMILIES[self.model_type].qk_norm
+
+    def has_rope(self, layer: int) -> bool:
+        return not self.no_rope_layers or bool(self.no_rope_layers[layer])
 
 
-def llama_config(shape: Shape) -> dict[str, object]:
-    """The `config.json` of a native decoder."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "torch_dtype": "float32", **asdict(shape)}
+def no_rope_layers(layers: int, interval: int = 4) -> tuple[int, ...]:
+    """`Shape.no_rope_layers` of a model whose every `interval`-th layer has no positions.
 
-
-def read_shape(folder: Path) -> Shape:
-    """The sizes in a folder's `config.json`; raises `ConfigError` where the native decoder is another model."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ConfigError([f"{folder} holds no {CONFIG}"],
-                          next_step="policy.weights names a folder written by a run, or a Hugging Face Llama folder.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}  # where newer transformers write rope_theta and rope_scaling
-    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
-    problems = [f"{key} is {config[key]!r}" for key, allowed in _REFUSED.items() if config.get(key) not in allowed]
-    if config.get("model_type") != "llama":
-        problems.insert(0, f"model_type is {config.get('model_type')!r}, the native decoder is 'llama'")
-    if problems:
-        raise ConfigError(problems, title=f"{path} describes a model the torch backend does not compute:",
-                          next_step="Use policy: {use: hf, model: ...} for it.")
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    if config.get("head_dim") is None:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    return Shape(**{f.name: config[f.name] for f in fields(Shape) if f.name in config})
+    >>> no_rope_layers(5)
+    (1, 1, 1, 0, 1)
+    """
+    return tuple(int((layer + 1) % interval != 0) for layer in range(layers))

@@ -18,7 +18,7 @@ from posttrain.registry import import_file
 from torch import Tensor, nn
 
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.models.files import write_model
+from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, Precision, autocast_to
 
 CONTRACT = ("build(vocab_size) returns a torch.nn.Module with forward(tokens[S, T], positions[S, T]) -> "
@@ -76,6 +76,10 @@ class UserModel:
         """Write the weights, and the name of the file that builds the module."""
         config = {"model_type": "user", "file": self.file, "vocab_size": len(self.output_weight)}
         write_model(folder, config, self.state_dict())
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder. Raises `ConfigError` where they do not fit."""
+        copy_named(read_weights(folder).items(), self.state_dict(), f"policy.weights {folder}")
 
 
 def load_user_model(file: str, vocab_size: int, *, seed: int, precision: Precision, device: torch.device) -> UserModel:
