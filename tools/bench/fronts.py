@@ -38,10 +38,13 @@ RUNS = ROOT / "runs" / "bench-fronts"
 
 REWARDS = Path(__file__).resolve().with_name("front_rewards.py")
 OBJECTIVES = ("exact", "brief", "round")
+REFERENCE = (-0.05, 0.28, -0.05)
+"""A little worse than the worst that the best policy for another objective does."""
 PREFERENCES = {"preferences": "dirichlet", "draws": 6, "alpha": 2.0, "seed": 0}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "weighted_sum": {},
-    "tchebycheff": {"combiner": {"use": "smooth_tchebycheff", "ideal": dict.fromkeys(OBJECTIVES, 1.0)}},
+    "tchebycheff": {"combiner": {"use": "smooth_tchebycheff"}},
+    "ideal": {"combiner": {"use": "smooth_tchebycheff", "ideal": {"exact": 0.7, "brief": 1.0, "round": 0.8}}},
     "soups": {},
 }
 KINDS = ("exact", "exact", "exact", "round", "brief")
@@ -73,7 +76,7 @@ def base(seed: int, method: str, steps: int) -> dict[str, Any]:
 
 def front(seed: int, method: str) -> dict[str, Any]:
     """The file of `posttrain pareto`."""
-    return {"base": f"{method}.yaml", "objectives": list(OBJECTIVES), "reference": [0.0, 0.0, 0.0],
+    return {"base": f"{method}.yaml", "objectives": list(OBJECTIVES), "reference": list(REFERENCE),
             "front": str(RUNS / str(seed) / method), **PREFERENCES,
             "method": "soups" if method == "soups" else "weights"}
 

@@ -169,7 +169,8 @@ class _CharacterTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         first = self.vocab_size - len(self.alphabet)
-        return "".join(self.alphabet[t - first] for t in tokens if t >= first)
+        # models may have more embeddings than tokens: the rest reads as nothing, as in the library of tokenizers
+        return "".join(self.alphabet[t - first] for t in tokens if first <= t < self.vocab_size)
 
     def chat(self, messages: Messages) -> list[int]:
         return _with_special_tokens(self, messages)
