@@ -6,13 +6,16 @@ start as in `examples/addition`, from demonstrations of all three kinds, then fr
 `posttrain pareto`: the same random preferences for all, a run for each. A point is the mean over the 2,000 held-out
 problems of answers drawn at temperature 1: a policy that settles between kinds does so by drawing.
 
-    weighted_sum   advantages of each reward, summed with the preferences as weights
+    weighted_sum   rewards summed with the preferences as weights
     tchebycheff    `combiner: smooth_tchebycheff` with the preferences as weights
+    ideal          the same, and as ideal point about what a policy for one objective alone reaches here
     soups          a run for each objective, as long as two of the others, and mixed weights of these three
 
 Prediction, written before the first measurement: sums end at the corner of the largest product of weight and chance,
 so they leave two or three points that are not dominated; `tchebycheff` keeps all six, at twice the hypervolume; soups
-lie between, since policies that were trained apart for so long answer badly in the middle.
+lie between, since policies that were trained apart for so long answer badly in the middle. `ideal` is an arm since the
+first front of `tchebycheff` was seen: a kind of answer that dies out early is no longer drawn, and nothing brings it
+back.
 
     python tools/bench/fronts.py --plot docs/fronts.png [--seeds 0 1 2] [--methods weighted_sum ...]
 

@@ -119,8 +119,8 @@ def draw(curves: Mapping[str, Mapping[int, Curve]], output: Path) -> None:
     """Medians of the seeds as lines, seeds as thin ones; replay over the answers that were generated."""
     from matplotlib.figure import Figure
 
-    panels = {title: [arm for arm in arms if arm in curves] for title, arms in PANELS.items()}
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    panels = {title: found for title, arms in PANELS.items() if len(found := [a for a in arms if a in curves]) > 1}
+    figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
     colors = {arm: f"C{i}" for arms in PANELS.values() for i, arm in enumerate(arms)}
     for number, (title, arms) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
