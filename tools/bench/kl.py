@@ -64,9 +64,9 @@ def draw(seed: int, arms: Sequence[str], target: Path) -> None:
         axes.grid(alpha=0.25)
         if metric == "kl/reference":
             axes.axhline(TARGET, color="black", linestyle="--", linewidth=1, label="target")
-            axes.legend(frameon=False, fontsize="small")
-        if metric == "kl/coef":
-            axes.set_yscale("symlog", linthresh=1e-4)
+            axes.legend(frameon=False, fontsize="small", ncols=2)
+        if metric != ACCURACY:
+            axes.set_yscale("log")
     figure.savefig(target, dpi=110)
 
 
