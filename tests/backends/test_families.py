@@ -280,8 +280,8 @@ def test_an_embedding_may_be_padded_but_not_be_of_another_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name, changes, said", [
-    ("llama", {"model_type": "mixtral"}, r"model_type is 'mixtral'; native are llama, qwen2, qwen3, smollm3"),
-    ("qwen3", {"model_type": "qwen3_moe"}, r"model_type is 'qwen3_moe'; native are llama"),
+    ("llama", {"model_type": "olmoe"}, r"model_type is 'olmoe'; native are llama, qwen2, qwen3, smollm3, mixtral, "),
+    ("qwen3", {"model_type": "qwen3_next"}, r"model_type is 'qwen3_next'; native are llama"),
     ("qwen2", {"hidden_act": "gelu"}, r"hidden_act is 'gelu'; native is 'silu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
      r"rope_type is 'yarn'; native are default, linear, llama3"),

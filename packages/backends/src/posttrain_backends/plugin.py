@@ -12,8 +12,12 @@ def components() -> Iterable[Component]:
     """Model backends, their tokenizers, rollout engines, and GPU kernels."""
     return (
         Component("backend", "torch", "posttrain_backends.torch_native:Torch",
-                  "native transformer (Llama, Qwen2, Qwen3, SmolLM) or your own torch module, CPU or CUDA",
+                  "native transformer (Llama, Qwen2, Qwen3, SmolLM, Mixtral) or your own torch module, CPU or CUDA",
                   source="Touvron et al. 2023, arXiv 2302.13971", extra="torch"),
+        Component("backend", "moe", "posttrain_backends.torch_native:Torch",
+                  "native transformer whose layers are mixtures of experts, CPU or CUDA",
+                  defaults={"family": "qwen3_moe", "experts": 8}, extra="torch",
+                  source="Shazeer et al. 2017, arXiv 1701.06538; Yang et al. 2025, arXiv 2505.09388"),
         Component("backend", "hf", "posttrain_backends.hf:HF",
                   "any causal language model of Hugging Face transformers, also with low-rank adapters",
                   source="Hu et al. 2021, arXiv 2106.09685 (adapters)", extra="hf"),

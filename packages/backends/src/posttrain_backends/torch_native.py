@@ -5,6 +5,7 @@ This is the light part: it checks sizes and names; what computes is imported on 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from posttrain_backends._torch.models.shape import Shape
     from posttrain_backends._torch.models.user import UserModel
 
+_MIXTURES = frozenset({"qwen2_moe", "qwen3_moe"})
+"""Families of new models that have experts."""
 _PADDED_TO = 64
 """Published models may have a few embeddings more than tokens, up to a multiple of this (Qwen: of 128)."""
 
@@ -26,10 +29,11 @@ _PADDED_TO = 64
 @final
 @dataclass(frozen=True, slots=True)
 class Torch:
-    """A decoder-only transformer (Llama, Qwen2, Qwen3, SmolLM), or your own module (`file`), trained with torch.
+    """A decoder-only transformer (Llama, Qwen, SmolLM, Mixtral), or your own module (`file`), trained with torch.
 
     A folder of `weights` may be any of these families: Llama with positions stretched as in 3.1 or linearly, SmolLM and
-    SmolLM2, which are Llamas, and SmolLM3. What is saved loads in transformers as the same family.
+    SmolLM2, which are Llamas, SmolLM3, and with experts Mixtral, Qwen2-MoE and Qwen3-MoE. What is saved loads in
+    transformers as the same family.
 
     >>> Torch(hidden_size=96, heads=5)
     Traceback (most recent call last):
@@ -52,9 +56,20 @@ class Torch:
     """Base of the rotary frequencies."""
     tied_embeddings: bool = False
     """Whether the output matrix is the embedding."""
-    family: Literal["llama", "qwen2", "qwen3", "smollm3"] = "llama"
+    family: Literal["llama", "qwen2", "qwen3", "smollm3", "qwen2_moe", "qwen3_moe"] = "llama"
     """What a new model has beside Llama's parts: `qwen2` biases on queries, keys and values, `qwen3` a norm of each
-    head's query and key, `smollm3` no positions in every fourth layer."""
+    head's query and key, `smollm3` no positions in every fourth layer. The last two are `qwen2` and `qwen3` with
+    `experts` in place of the MLP, and `qwen2_moe` with one more that reads all tokens."""
+    experts: int = 0
+    """MLPs of a layer, of which a router chooses some for each token; for `qwen2_moe` and `qwen3_moe`."""
+    experts_per_token: int = 2
+    """How many it chooses."""
+    expert_size: int = 0
+    """Width of an expert; 0 makes those of a token together as wide as `intermediate_size`, or a little wider."""
+    shared_expert_size: int = 0
+    """Width of the expert of `qwen2_moe` that reads all tokens; 0 takes that of one of the others."""
+    normalise_experts: bool = True
+    """Whether the weights of a token's experts add up to 1, or to the probability that the router gave them."""
     weights: str = field(default="", metadata={"path": True})
     """A folder written by a run, or a Hugging Face folder of one of the families with safetensors. Family and sizes
     then come from its `config.json`."""
@@ -84,9 +99,24 @@ class Torch:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.hidden_size // self.heads % 2:
             raise ValueError(f"hidden_size / heads is {self.hidden_size // self.heads}, rotary positions need it even")
+        self._check_experts()
         if self.file and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing is for the native transformer; a module from `file` uses "
                              "torch.utils.checkpoint itself")
+
+    def _check_experts(self) -> None:
+        sizes = (self.experts, self.expert_size, self.shared_expert_size)
+        if min(sizes) < 0:
+            raise ValueError("experts, expert_size and shared_expert_size must not be negative")
+        if self.family in _MIXTURES and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token is {self.experts_per_token}, of {self.experts} experts: a "
+                             f"{self.family} chooses at least 1 of them, and at most all")
+        if self.family not in _MIXTURES and any(sizes):
+            raise ValueError(f"a {self.family} has no experts; set family to {' or '.join(sorted(_MIXTURES))}, or "
+                             "leave out experts, expert_size and shared_expert_size")
+        if self.shared_expert_size and self.family != "qwen2_moe":
+            raise ValueError(f"a {self.family} has no shared expert; set family to qwen2_moe, or leave out "
+                             "shared_expert_size")
 
     @property
     def framework(self) -> str:
@@ -152,10 +182,20 @@ class Torch:
             return shape
         if not vocab_size:
             raise ConfigError(["a new torch model needs a tokenizer with a vocabulary, to size its embedding"])
+        dense = self.intermediate_size or _rounded_up(self.hidden_size * 8 / 3, 32)
+        expert = (self.expert_size or _rounded_up(dense / self.experts_per_token, 16)) if self.experts else 0
         return Shape(
             vocab_size=vocab_size, hidden_size=self.hidden_size, num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate_size or 32 * -(-self.hidden_size * 8 // 96),
+            intermediate_size=dense, num_experts=self.experts, moe_intermediate_size=expert,
+            num_experts_per_tok=self.experts_per_token if self.experts else 0,
+            shared_expert_intermediate_size=(self.shared_expert_size or expert) if self.family == "qwen2_moe" else 0,
+            norm_topk_prob=self.normalise_experts and self.experts > 0,
             num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             head_dim=self.hidden_size // self.heads, max_position_embeddings=self.max_positions,
             rope_theta=self.rope_theta, tie_word_embeddings=self.tied_embeddings, model_type=self.family,
             no_rope_layers=no_rope_layers(self.layers) if self.family == "smollm3" else ())
+
+
+def _rounded_up(size: float, multiple: int) -> int:
+    """The smallest multiple that is not below `size`."""
+    return multiple * math.ceil(size / multiple)

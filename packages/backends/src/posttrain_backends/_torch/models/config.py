@@ -16,13 +16,15 @@ from posttrain.errors import ConfigError
 
 from posttrain_backends._torch.models.files import CONFIG, NO_FOLDER
 from posttrain_backends._torch.models.rope import SCALINGS
-from posttrain_backends._torch.models.shape import FAMILIES, Shape, no_rope_layers
+from posttrain_backends._torch.models.shape import FAMILIES, Family, Shape, no_rope_layers
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings")
 """What every file must say."""
 _TRAITS = frozenset({"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval",
-                     "use_sliding_window", "max_window_layers"})
+                     "use_sliding_window", "max_window_layers", "num_experts", "num_experts_per_tok",
+                     "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
+                     "decoder_sparse_step", "mlp_only_layers"})
 """Keys that some families know and the others ignore."""
 _NATIVE: Mapping[str, object] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
 """Keys that change the model, and the one value the native decoder computes."""
@@ -38,7 +40,12 @@ def config_of(shape: Shape) -> dict[str, object]:
     said = {**asdict(shape), "no_rope_layers": [int(shape.has_rope(i)) for i in range(shape.num_hidden_layers)]}
     return {"architectures": [family.architecture], "hidden_act": "silu", "torch_dtype": "float32",
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-            **{key: value for key, value in said.items() if key not in _TRAITS or key in family.traits}}
+            **{_key(key, family): value for key, value in said.items() if key not in _TRAITS or key in family.traits}}
+
+
+def _key(name: str, family: Family) -> str:
+    """What a family's files call a field of `Shape`."""
+    return family.experts_key if name == "num_experts" else name
 
 
 def read_shape(folder: Path) -> Shape:
@@ -60,7 +67,8 @@ def _flat(said: Mapping[str, Any]) -> Config:
     rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     original = {"original_max_position_embeddings": said.get("max_position_embeddings")}
-    flat = {**(family.defaults if family else {}), **original, **said, **rope, "rope_type": kind}
+    experts = {"num_experts": said.get("num_experts", said["num_local_experts"])} if "num_local_experts" in said else {}
+    flat = {**(family.defaults if family else {}), **original, **said, **rope, **experts, "rope_type": kind}
     foreign = {"rope_scaling", *(_TRAITS.difference(family.traits) if family else ())}
     return {key: value for key, value in flat.items() if value is not None and key not in foreign}
 
@@ -69,7 +77,8 @@ def _shape(config: Config) -> Shape:
     heads, kind = config["num_attention_heads"], config["rope_type"]
     scaling = SCALINGS[kind](**{name: config[name] for name in _asked(kind)}) if kind in SCALINGS else None
     values = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads, **config,
-              "rope_scaling": scaling, "no_rope_layers": _layers_with_rope(config)}
+              "rope_scaling": scaling, "no_rope_layers": _layers_with_rope(config),
+              "mlp_only_layers": _layers_without_experts(config)}
     return Shape(**{f.name: values[f.name] for f in fields(Shape) if f.name in values})
 
 
@@ -85,6 +94,13 @@ def _layers_with_rope(config: Config) -> tuple[int, ...]:
     return tuple(config.get("no_rope_layers", every)[:layers])
 
 
+def _layers_without_experts(config: Config) -> tuple[int, ...]:
+    """Those of a list, and all but every so manieth; none where no layer has any."""
+    step, named = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers", ())
+    layers = range(config["num_hidden_layers"] if config.get("num_experts") else 0)
+    return tuple(layer for layer in layers if layer in named or (layer + 1) % step)
+
+
 # ---- what the native decoder does not compute
 
 
@@ -93,7 +109,7 @@ def _problems(config: Config) -> Iterator[str]:
     family = FAMILIES.get(config.get("model_type"))  # type: ignore[arg-type]  # as above
     if family is None:
         yield f"model_type is {config.get('model_type')!r}; native are {', '.join(FAMILIES)}"
-    for key, native in _NATIVE.items():
+    for key, native in {**_NATIVE, **(family.fixed if family else {})}.items():
         if (said := config.get(key, native)) != native:
             yield f"{key} is {said!r}; native is {native!r}"
     if "quantization_config" in config:
@@ -125,5 +141,8 @@ def _layer_problems(config: Config) -> Iterator[str]:
     if slides and (window := config.get("sliding_window", positions)) < positions:
         yield (f"sliding_window is {window}, below max_position_embeddings {positions}, and some layers use it; native "
                "is full attention")
+    experts, chosen = config.get("num_experts", 0), config.get("num_experts_per_tok", 0)
+    if experts and not 1 <= chosen <= experts:
+        yield f"num_experts_per_tok is {chosen}, of {experts} experts"
     if 0 < (said := len(_layers_with_rope(config))) < layers:
         yield f"no_rope_layers says something of {said} layers, num_hidden_layers is {layers}"

@@ -8,7 +8,6 @@ rectangles. Knows no losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,21 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.config import config_of
+from posttrain_backends._torch.models.feedforward import (
+    MLP,
+    DecodedMixture,
+    DenseWeights,
+    Mixture,
+    biased,
+    joined_bias,
+    side_by_side,
+)
 from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
-from posttrain_backends._torch.models.lean import Norm, swiglu
+from posttrain_backends._torch.models.lean import Norm
+from posttrain_backends._torch.models.mixture import Routes
 from posttrain_backends._torch.models.rope import Rope, rope_table, rotate
-from posttrain_backends._torch.models.shape import Shape
+from posttrain_backends._torch.models.shape import FAMILIES, ModelType, Shape
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _DERIVED = ".rotary_emb.inv_freq"
@@ -66,46 +75,30 @@ class Attention(nn.Module):
         return self.o_proj(causal_attention(q, k, v, layout).flatten(1)), k, v
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        H, I, bias = shape.hidden_size, shape.intermediate_size, shape.mlp_bias
-        self.gate_proj, self.up_proj = nn.Linear(H, I, bias), nn.Linear(H, I, bias)
-        self.down_proj = nn.Linear(I, H, bias)
-
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """[M, H] -> [M, H]; reads `norm` of x."""
-        gate, up = norm.linears(x, self.gate_proj.weight, self.up_proj.weight)
-        gate, up = biased(gate, self.gate_proj.bias), biased(up, self.up_proj.bias)
-        return biased(swiglu(gate, up, self.down_proj.weight), self.down_proj.bias)
-
-
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and beside a residual path."""
 
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(shape, layer), MLP(shape)
+        self.self_attn = Attention(shape, layer)
+        self.mlp = Mixture(shape, layer) if shape.has_experts(layer) else \
+            MLP(shape.hidden_size, shape.intermediate_size, shape.mlp_bias)
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rope: Rope, layout: Layout, routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.self_attn(x, self.input_layernorm, rope, layout)
         x = x + attended
-        return x + self.mlp(x, self.post_attention_layernorm), k, v
+        return x + self.mlp(x, self.post_attention_layernorm, routes), k, v
 
     def for_decoding(self, dtype: torch.dtype) -> LayerWeights:
         """The layer's weights for `decode_layer`; what is joined in the type it is multiplied in."""
-        attention, mlp = self.self_attn, self.mlp
-        qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+        attention = self.self_attn
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
         return LayerWeights(
             self.input_layernorm.weight, side_by_side(*(linear.weight for linear in qkv)).to(dtype),
             joined_bias(qkv, dtype), attention.head_norms(), attention.has_rope, attention.o_proj.weight,
-            attention.o_proj.bias, self.post_attention_layernorm.weight,
-            side_by_side(*(linear.weight for linear in gate_up)).to(dtype), joined_bias(gate_up, dtype),
-            mlp.down_proj.weight, mlp.down_proj.bias)
+            attention.o_proj.bias, self.post_attention_layernorm.weight, self.mlp.for_decoding(dtype))
 
 
 class Trunk(nn.Module):
@@ -136,6 +129,7 @@ class Decoder(nn.Module):
             if not shape.tie_word_embeddings:
                 self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.to(dtype).to_empty(device=device)
+        self.register_state_dict_post_hook(_name_as_in_files)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._initialise(seed)
         self._cos, self._sin = rope_table(shape.max_position_embeddings, shape.head_dim, shape.rope_theta,
                                           shape.rope_scaling, dtype, torch.device(device))
@@ -170,13 +164,14 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:
         """[M] token ids -> [M, H] after the final norm. Raises `ConfigError` beyond `max_position_embeddings`."""
+        routes = Routes()
         with self.autocast():
             x, rope = self._embed(tokens, layout.positions, layout.longest)
             for layer in self.model.layers:
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x, _, _ = checkpoint(layer, x, rope, layout, use_reentrant=False, preserve_rng_state=False)
+                    x, _, _ = checkpoint(layer, x, rope, layout, routes, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x, _, _ = layer(x, rope, layout)
+                    x, _, _ = layer(x, rope, layout, routes)
             return cast(Tensor, self.model.norm(x))
 
     def save(self, folder: Path) -> None:
@@ -195,11 +190,11 @@ class Decoder(nn.Module):
 
     def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """[M] -> hidden [M, H], and the keys and values of each layer, [M, kv_heads, D]."""
-        keys, values = [], []
+        keys, values, routes = [], [], Routes()
         with self.autocast():
             x, rope = self._embed(tokens, layout.positions, layout.longest)
             for layer in self.model.layers:
-                x, k, v = layer(x, rope, layout)
+                x, k, v = layer(x, rope, layout, routes)
                 keys.append(k)
                 values.append(v)
             return self.model.norm(x), keys, values
@@ -213,13 +208,13 @@ class Decoder(nn.Module):
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
         """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
-        step = _Step.at(positions, cache.keys[0])
+        step, routes = _Step.at(positions, cache.keys[0]), Routes()
         with self.autocast():
             x, rope = self._embed(tokens, positions, step.columns)
             for weights, keys, values in zip(cache.weights, cache.keys, cache.values):
                 if rows is not None:
                     keys, values = keys[rows], values[rows]
-                x = decode_layer(x, cast(LayerWeights, weights), self.shape, rope, step, keys, values)
+                x = decode_layer(x, cast(LayerWeights, weights), self.shape, rope, step, keys, values, routes)
             return cast(Tensor, self.model.norm(x))
 
     def _embed(self, tokens: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Rope]:
@@ -228,6 +223,22 @@ class Decoder(nn.Module):
                               next_step="Raise policy.max_positions, or lower rollout.max_new_tokens or the prompts.")
         rope = self._cos[positions], self._sin[positions]
         return F.embedding(tokens, self.model.embed_tokens.weight), rope
+
+
+def _name_as_in_files(model: Decoder, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Give the tensors of `state`, in place, the names that they have in files of the model's family."""
+    for name in list(state) if FAMILIES[model.shape.model_type].names else ():
+        state[name_in_files(name, model.shape.model_type)] = state.pop(name)
+
+
+def name_in_files(name: str, model_type: ModelType) -> str:
+    """A parameter's name in the files of a family.
+
+    >>> name_in_files("model.layers.0.mlp.experts.3.up_proj.weight", "mixtral")
+    'model.layers.0.block_sparse_moe.experts.3.w3.weight'
+    """
+    names = FAMILIES[model_type].names
+    return ".".join(names.get(part, part) for part in name.split("."))
 
 
 @final
@@ -270,15 +281,11 @@ class LayerWeights:
     o: Tensor
     o_bias: Tensor | None
     post_attention_norm: Tensor
-    gate_up: Tensor
-    """[2 I, H]"""
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    mlp: DenseWeights | DecodedMixture
 
 
 def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, step: _Step, keys: Tensor,
-                 values: Tensor) -> Tensor:
+                 values: Tensor, routes: Routes) -> Tensor:
     """`DecoderLayer` for one token [B, H] per cache row; writes `keys` and `values` [B, kv_heads, T, D] in place."""
     (B, H), kv, D = x.shape, shape.num_key_value_heads, shape.head_dim
     normed = F.rms_norm(x, (H,), weights.input_norm, shape.rms_norm_eps)
@@ -295,38 +302,7 @@ def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, ste
     attended = torch.bmm(torch.softmax(scores, dim=-1), values).view(B, -1)
     x = x + F.linear(attended, weights.o, weights.o_bias)
     normed = F.rms_norm(x, (H,), weights.post_attention_norm, shape.rms_norm_eps)
-    gate, up = F.linear(normed, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
-    return x + biased(swiglu(gate, up, weights.down), weights.down_bias)
-
-
-@torch.inference_mode(False)  # samplers run in inference mode, and what is made there could not be trained
-@torch.no_grad()
-def side_by_side(*parameters: Tensor) -> Tensor:
-    """Matrices or biases one below the other, without a second copy: where they do not lie so already, they are moved.
-
-    The parameters stay the same objects and become views of the whole, so what updates them in place updates it.
-    """
-    first, lengths = parameters[0], [len(p) for p in parameters]
-    row = first.element_size() * first[0].numel()
-    starts = [first.data_ptr() + row * sum(lengths[:i]) for i in range(len(lengths))]
-    same = {p.untyped_storage().data_ptr() for p in parameters} == {first.untyped_storage().data_ptr()}
-    if same and [p.data_ptr() for p in parameters] == starts:
-        return first.detach().as_strided((sum(lengths), *first.shape[1:]), first.stride())
-    whole = torch.cat([p.detach() for p in parameters])
-    for p, part in zip(parameters, torch.split(whole, lengths)):
-        p.data = part
-    return whole
-
-
-def joined_bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
-    """Their biases one after the other, if they have any; see `side_by_side`."""
-    biases = [p for linear in linears for name, p in linear.named_parameters() if name == "bias"]
-    return side_by_side(*biases).to(dtype) if biases else None
-
-
-def biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    """y + bias in the type of y, as a linear layer adds it."""
-    return y if bias is None else y + bias.to(y.dtype)
+    return x + weights.mlp(normed, routes)
 
 
 def head_norm(x: Tensor, norm: Norm) -> Tensor:

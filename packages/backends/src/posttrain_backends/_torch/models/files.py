@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder of a Llama, Qwen2, Qwen3 or "
-             "SmolLM model with safetensors.")
+NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder of a Llama, Mixtral, Qwen2, "
+             "Qwen3 or SmolLM model with safetensors.")
 VALUE_HEAD, ACTION_VALUE_HEAD = "value_head.safetensors", "action_value_head.safetensors"
 """Of a learner, beside the model's own files."""
 

@@ -1,0 +1,329 @@
+"""Mixtures of experts in the native decoder: equal to transformers and to a plain loop, drawn from and replayed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+transformers = pytest.importorskip("transformers")
+
+from posttrain.data import Prompt, Sampling, offsets_of  # after the check that the library is there
+from posttrain.errors import ConfigError
+from posttrain.protocols import LoadRequest, Output
+from posttrain.testing import BackendContract
+from posttrain.tokenizers import Characters
+from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models import mixture
+from posttrain_backends._torch.models.config import read_shape
+from posttrain_backends._torch.models.mixture import MixtureWeights, Routes
+from posttrain_backends.engines import Batched
+from posttrain_backends.torch_native import Torch
+from safetensors.torch import load_file
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
+
+TOKENIZER = Characters("abcdefgh01+").load()
+V = TOKENIZER.vocab_size
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1,
+         "pad_token_id": 0, "num_experts_per_tok": 2}
+QWEN = {"num_experts": 6, "moe_intermediate_size": 24}
+KINDS = {
+    "mixtral": ("mixtral", {"num_local_experts": 5}),
+    "mixtral, odd sizes": ("mixtral", {"num_local_experts": 3, "intermediate_size": 19, "tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {**QWEN, "head_dim": 12, "norm_topk_prob": True}),
+    "qwen3_moe, dense layers": ("qwen3_moe", {**QWEN, "num_hidden_layers": 4, "decoder_sparse_step": 2,
+                                              "mlp_only_layers": [1], "num_experts_per_tok": 3}),
+    "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 40}),
+}
+LENGTHS = [5, 20, 1, 11]
+LOGPROBS = frozenset({Output.LOGPROBS})
+NEW = {"family": "qwen3_moe", "experts": 4, "hidden_size": 16, "layers": 2, "heads": 2, "kv_heads": 1,
+       "max_positions": 64, "device": "cpu"}
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Every weight random and large enough that neither attention nor the routers are uniform."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + float("norm" in name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """name -> a folder that transformers wrote, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            kind, traits = KINDS[name]
+            config = transformers.AutoConfig.for_model(kind, **{**SIZES, **traits})
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            randomise(model)
+            made[name] = tmp_path_factory.mktemp("model")
+            model.save_pretrained(made[name])
+        return made[name]
+    return make
+
+
+def native(path: Path, **fields):
+    return Torch(weights=str(path), device="cpu", **fields).load(LoadRequest(V))
+
+
+def library(path: Path):
+    """Its experts one after the other, as it has them without grouped products."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def ragged() -> tuple[torch.Tensor, Layout]:
+    """Without the pad token: transformers trains no embedding of it."""
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(1, V, sum(LENGTHS)))
+    return tokens, Layout.from_offsets(offsets_of(np.array(LENGTHS)))
+
+
+def our_logits(model) -> torch.Tensor:
+    tokens, layout = ragged()
+    return model.hidden(tokens, layout) @ model.output_weight.t()
+
+
+def their_logits(model) -> torch.Tensor:
+    return torch.cat([model(input_ids=part[None]).logits[0] for part in ragged()[0].split(LENGTHS)])
+
+
+def loss(logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy to some other tokens."""
+    return F.cross_entropy(logits, ragged()[0].flip(0))
+
+
+# ---- exchanged with transformers
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_and_gradients_equal_those_of_transformers(name, folder):
+    ours, theirs = native(folder(name)).model.requires_grad_(), library(folder(name))
+    found, expected = our_logits(ours), their_logits(theirs)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    loss(found).backward()
+    loss(expected).backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert {name for name, _ in ours.named_parameters()} == gradients.keys()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=f"{name}: {{}}".format)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_folder_is_the_same_family_with_equal_logits(name, folder, tmp_path):
+    model = native(folder(name)).model
+    model.save(tmp_path)
+    first, second = (transformers.AutoConfig.from_pretrained(path).to_dict() for path in (folder(name), tmp_path))
+    others = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "decoder_sparse_step",
+              "mlp_only_layers"}
+    assert {key: second[key] for key in first.keys() - others} == {key: first[key] for key in first.keys() - others}
+    assert read_shape(tmp_path) == read_shape(folder(name))
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder(name) / "model.safetensors").keys()
+    with torch.no_grad():
+        torch.testing.assert_close(their_logits(library(tmp_path)), our_logits(model), rtol=0, atol=1e-5)
+
+
+def test_weights_stream_under_the_names_of_files_and_are_live(folder):
+    """Both experts' names and their joined storage: what is written into the stream's arrays is the model's."""
+    learner, other = native(folder("mixtral")), native(folder("mixtral"))
+    assert {name for name, _ in learner.params()} == load_file(folder("mixtral") / "model.safetensors").keys()
+    before = our_logits(learner.model)
+    with torch.no_grad():
+        for _, x in learner.params():
+            x.mul_(1.1)
+    assert not torch.allclose(our_logits(learner.model), before)
+    other.load_params(learner.params(), 1)
+    assert torch.equal(our_logits(other.model), our_logits(learner.model))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_recorded_log_probs_of_drawn_tokens_equal_scored_ones(name, folder):
+    """With shared prompts, uneven rows, and again after the weights were changed in place."""
+    learner = native(folder(name))
+    sampler = Batched(slots=4).start(learner, TOKENIZER, shared=True)
+    prompts = [Prompt(text=t, group=i) for i, t in enumerate(["abc", "0+1", "hgfedcba"]) for _ in range(3)]
+    for i in range(2):
+        drawn = sampler.rollout(prompts, Sampling(max_new_tokens=9), (0, i))
+        scored = learner.score(drawn, LOGPROBS, 1.0).logprobs
+        np.testing.assert_allclose(drawn.behavior_logprobs, scored, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            for p in learner.model.parameters():
+                p.mul_(0.9).add_(0.02)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_bf16_computes_near_float32_and_decodes_what_it_reads(name, folder):
+    """Prefill and decoding route near ties apart: most tokens agree, and no loss of precision makes all differ."""
+    exact, half = native(folder(name)).model, native(folder(name), precision="bf16").model
+    tokens, layout = ragged()
+    last = torch.from_numpy(layout.offsets[1:]) - 1
+    with torch.no_grad():
+        expected = exact.hidden(tokens, layout)
+        hidden, keys, values = half.prefill(tokens, layout)
+        cache = half.new_cache(len(LENGTHS), 64)
+        cache.write(layout.rows, layout.positions, keys, values)
+        decoded = half.decode(tokens[last], torch.tensor(LENGTHS) - 1, cache)
+    for found, wanted in ((hidden, expected), (decoded, expected[last])):
+        assert 0 < (found - wanted).abs().median() < 0.05 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("name, changes, said", [
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; native is 0.0"),
+    ("mixtral", {"sliding_window": 16}, "sliding_window is 16"),
+    ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok is 6, of 5 experts"),
+    ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is False; native is True"),
+    ("qwen2_moe", {"layer_types": None, "use_sliding_window": True, "sliding_window": 16}, "sliding_window is 16"),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window is 16")])
+def test_another_mixture_is_refused(name, changes, said, folder, tmp_path):
+    config = json.loads((folder(name) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*Use policy: {{use: hf"):
+        native(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_silence_means_what_it_means_to_transformers(kind, tmp_path):
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                         "num_attention_heads", "max_position_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    shape, theirs = read_shape(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    for name in ("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps", "num_experts", "num_experts_per_tok"):
+        assert getattr(shape, name) == getattr(theirs, name), name
+    for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        assert getattr(shape, name) == getattr(theirs, name, 0), name
+    assert shape.rope_theta == theirs.rope_parameters["rope_theta"] and shape.head_dim == 8
+    assert shape.normalises_experts == getattr(theirs, "norm_topk_prob", True)
+
+
+# ---- the sum over experts
+
+
+def literal(x, router, gate_up, down, k, normalised, ids=None) -> torch.Tensor:
+    """One token and one expert after the other (1701.06538, eq. 1)."""
+    rows = []
+    for m, token in enumerate(x):
+        scores = (router @ token).softmax(0)
+        chosen = scores.sort(descending=True, stable=True).indices[:k] if ids is None else ids[m]
+        weights = scores[chosen] / (scores[chosen].sum() if normalised else 1)
+        gates = [(gate_up[e] @ token).chunk(2) for e in chosen]
+        rows.append(sum(w * (down[e] @ (F.silu(g) * u)) for w, e, (g, u) in zip(weights, chosen, gates, strict=True)))
+    return torch.stack(rows)
+
+
+def some_mixture(dtype=torch.float64, E=5, H=16, I=8, M=23) -> tuple[torch.Tensor, ...]:
+    """x, router, gate_up, down; the last expert is chosen by no token."""
+    generator = torch.Generator().manual_seed(3)
+    x, router, gate_up, down = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in (
+        (M, H), (E, H), (E, 2 * I, H), (E, H, I)))
+    x[:, 0], router[-1] = 9.0, 0.0
+    router[:-1, 0] = 5.0
+    return tuple(t.requires_grad_() for t in (x, router, gate_up, down))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_mixture_is_the_literal_sum(k, normalised):
+    x, *weights = some_mixture()
+    routes = Routes()
+    found = MixtureWeights(0, *weights, k, normalised)(x, routes)
+    expected = literal(x, *weights, k, normalised)
+    assert not (routes.chosen[0] == 4).any()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    away = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=found.dtype)
+    mine, theirs = (torch.autograd.grad((y * away).sum(), (x, *weights)) for y in (found, expected))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_products_in_groups_equal_one_after_the_other(monkeypatch):
+    x, *weights = some_mixture(torch.float32)
+    assert mixture.multiplies_in_groups(x, weights[1]) and mixture.multiplies_in_groups(x, weights[2])
+    found = []
+    for grouped in (True, False):
+        if not grouped:
+            monkeypatch.setattr(mixture, "multiplies_in_groups", lambda x, weight: False)
+        y = MixtureWeights(0, *weights, 2, True)(x, Routes())
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, *weights))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, K, N, grouped", [
+    (torch.float32, 8, 4, True), (torch.float32, 8, 6, False), (torch.float32, 6, 8, False),
+    (torch.bfloat16, 8, 16, True), (torch.bfloat16, 8, 4, False), (torch.float64, 8, 8, False)])
+def test_groups_are_used_where_torch_has_them(dtype, K, N, grouped):
+    x, weight = torch.ones(5, K, dtype=dtype), torch.ones(2, N, K, dtype=dtype)
+    assert mixture.multiplies_in_groups(x, weight) == grouped
+    made = mixture.grouped_linear(x, weight, torch.tensor([2, 3]))
+    assert made.dtype == dtype and torch.equal(made, torch.full((5, N), float(K), dtype=dtype))
+
+
+@pytest.mark.oracle
+def test_replayed_experts_are_weighed_by_the_router_of_now():
+    """Ids are those given, the rest those of the router; the router of replayed experts has its whole gradient."""
+    x, *weights = some_mixture()
+    given = torch.tensor([[4, 0]]).repeat(len(x), 1)
+    given[3:5] = -1
+    routes = Routes({0: given})
+    found = MixtureWeights(0, *weights, 2, True)(x, routes)
+    free = Routes()
+    MixtureWeights(0, *weights, 2, True)(x, free)
+    assert torch.equal(routes.chosen[0][3:5], free.chosen[0][3:5])
+    assert torch.equal(routes.chosen[0][5:], given[5:])
+    expected = literal(x, *weights, 2, True, routes.chosen[0])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(y.sum(), weights[0])[0] for y in (found, expected))
+    assert mine.abs().max() > 1e-3
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+# ---- new models
+
+
+@pytest.mark.parametrize("fields", [{}, {"family": "qwen2_moe", "shared_expert_size": 8},
+                                    {"normalise_experts": False, "experts_per_token": 3, "expert_size": 20}])
+def test_a_new_mixture_loads_in_transformers(fields, tmp_path):
+    model = Torch(**{**NEW, **fields}).load(LoadRequest(V, seed=1)).model
+    randomise(model)
+    model.save(tmp_path)
+    theirs = library(tmp_path)
+    assert theirs.config.model_type == fields.get("family", "qwen3_moe")
+    with torch.no_grad():
+        torch.testing.assert_close(their_logits(theirs), our_logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"experts": 0}, "experts_per_token is 2, of 0 experts"), ({"experts_per_token": 5}, "is 5, of 4 experts"),
+    ({"experts": -1}, "must not be negative"), ({"family": "llama"}, "a llama has no experts; set family to qwen2_moe"),
+    ({"shared_expert_size": 8}, "a qwen3_moe has no shared expert; set family to qwen2_moe")])
+def test_sizes_that_make_no_mixture_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Torch(**{**NEW, **fields})
+
+
+SMALL = {**NEW, "hidden_size": 8, "layers": 1, "intermediate_size": 8, "max_positions": 32}
+
+
+class TestMoE(BackendContract):
+    # In float32 all experts: over the steps of its differences a choice of some would change, and the loss jump.
+    components = (Torch(**{**SMALL, "experts_per_token": 4}),
+                  Torch(**{**SMALL, "family": "qwen2_moe", "precision": "float64", "gradient_checkpointing": True}))
+
+    def reloaded(self, component: Torch, folder: Path) -> Torch:
+        return Torch(weights=str(folder), device="cpu", precision=component.precision)
