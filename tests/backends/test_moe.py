@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.data import Prompt, Sampling, offsets_of  # after the check that the library is there
+from posttrain.data import Prompt, Rollouts, Sampling, offsets_of  # after the check that the library is there
 from posttrain.errors import ConfigError
-from posttrain.protocols import LoadRequest, Output
+from posttrain.protocols import LoadRequest, Optimization, Output
+from posttrain.replay import Replay, from_files, to_files
 from posttrain.testing import BackendContract
+from posttrain.testing.tiny_models import Probe, accumulate, step_data
 from posttrain.tokenizers import Characters
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import mixture
@@ -291,6 +294,147 @@ def test_replayed_experts_are_weighed_by_the_router_of_now():
     mine, theirs = (torch.autograd.grad(y.sum(), weights[0])[0] for y in (found, expected))
     assert mine.abs().max() > 1e-3
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+# ---- routes from the sampler to the learner
+
+
+PROMPTS = [Prompt(text=t, group=i) for i, t in enumerate(["abc", "0+1", "hgfedcba"]) for _ in range(3)]
+
+
+def recorded_by(learner, **fields):
+    """Answers of different lengths, with fewer rows than prompts, so that rows are refilled and move."""
+    return Batched(**{"slots": 4, "prefill_tokens": 5, **fields}).start(learner, TOKENIZER, shared=True).rollout(
+        PROMPTS, Sampling(max_new_tokens=7), (0, 0))
+
+
+def chosen(learner, rollouts) -> np.ndarray:
+    """[M, L, k] what the model chooses by itself, each sequence computed alone."""
+    model, routes = learner.model, Routes()
+    with torch.no_grad():
+        model.hidden(torch.from_numpy(rollouts.tokens).long(), Layout.from_offsets(rollouts.offsets), routes)
+    return routes.joined().numpy()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe, dense layers"])
+def test_the_sampler_records_the_experts_of_every_token_but_the_last(name, folder):
+    learner = native(folder(name))
+    drawn = recorded_by(learner)
+    last = drawn.offsets[1:] - 1
+    shape = learner.model.shape
+    assert len(set(np.diff(drawn.offsets))) > 3 and drawn.routes.dtype == np.uint8
+    assert drawn.routes.shape == (len(drawn.tokens), len(learner.model.mixtures), shape.num_experts_per_tok)
+    assert (drawn.routes[last] == 255).all()
+    read = np.setdiff1d(np.arange(len(drawn.tokens)), last)
+    assert drawn.routes[read].max() == shape.num_experts - 1
+    np.testing.assert_array_equal(drawn.routes[read], chosen(learner, drawn)[read])
+    for fields in ({"slots": 0}, {"slots": 1}, {"prefill_tokens": 8192}):
+        np.testing.assert_array_equal(recorded_by(learner, **fields).routes, drawn.routes)
+
+
+@pytest.mark.parametrize("experts, dtype, free", [
+    (254, np.uint8, 255), (255, np.uint16, 65535), (300, np.uint16, 65535)])
+def test_routes_are_stored_small_and_come_back(experts, dtype, free):
+    ids = torch.tensor([[[0, experts - 1]], [[-1, -1]]])
+    stored = mixture.recorded(ids.short(), experts)
+    assert stored.dtype == dtype and stored.tolist() == [[[0, experts - 1]], [[free, free]]]
+    scores = torch.linspace(0, 1, experts).repeat(2, 1)
+    again = mixture.replayed(stored, (3,), experts, 2, torch.device("cpu")).of(3, scores, 2)
+    assert again.tolist() == [[0, experts - 1], [experts - 1, experts - 2]]
+    for other in ({"layers": (3, 4)}, {"k": 1}, {"experts": experts - 1}):
+        given = {"layers": (3,), "experts": experts, "k": 2, "device": torch.device("cpu"), **other}
+        with pytest.raises(ConfigError, match=r"hold 2 experts a token in 1 layers(.|\n)*policy's own model"):
+            mixture.replayed(stored, **given)
+
+
+def elsewhere(rollouts, experts: int):
+    """The same rollouts, as if the sampler's routers had sent each token to the next expert."""
+    free = rollouts.routes == 255
+    return replace(rollouts, routes=np.where(free, 255, (rollouts.routes + 1) % experts).astype(np.uint8))
+
+
+def test_scoring_replays_what_was_recorded(folder):
+    """Equal to the sampler with its routes, apart from it with others, and by its own router without."""
+    learner = native(folder("mixtral"))
+    drawn = recorded_by(learner)
+    def logprobs(rollouts):
+        return learner.score(rollouts, LOGPROBS, 1.0).logprobs
+    np.testing.assert_allclose(logprobs(drawn), drawn.behavior_logprobs, rtol=0, atol=1e-5)
+    moved = elsewhere(drawn, 5)
+    assert np.abs(logprobs(moved) - drawn.behavior_logprobs).max() > 0.1
+    np.testing.assert_allclose(logprobs(replace(drawn, routes=None)), logprobs(drawn), rtol=0, atol=1e-5)
+    order = np.array([7, 0, 4])
+    np.testing.assert_allclose(logprobs(moved.select(order)), np.concatenate([
+        logprobs(moved)[moved.action_episode == e] for e in order]), rtol=0, atol=1e-5)
+    assert (Rollouts.concat([moved.select(order), drawn]).routes[-len(drawn.tokens):] == drawn.routes).all()
+
+
+def test_equal_prompts_with_other_routes_are_computed_apart(folder):
+    learner = native(folder("mixtral"))
+    drawn = recorded_by(learner)
+    both = Rollouts.concat([drawn, elsewhere(drawn, 5)])
+    apart = [learner.score(part, LOGPROBS, 1.0).logprobs for part in (drawn, elsewhere(drawn, 5))]
+    np.testing.assert_allclose(learner.score(both, LOGPROBS, 1.0).logprobs, np.concatenate(apart), rtol=0, atol=1e-5)
+
+
+TRAINED = {**NEW, "precision": "float64"}
+
+
+def trained(**fields):
+    learner = Torch(**{**TRAINED, **fields}).load(LoadRequest(V, seed=1, optimization=Optimization(lr=0.1)))
+    randomise(learner.model)
+    return learner
+
+
+def step_of(learner, data, parts=None) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The gradients of one optimiser step, and what `apply` measured."""
+    accumulate(learner, data, Probe(LOGPROBS), parts)
+    gradients = {name: g.numpy().copy() for name, g in learner._gradients["main"].items()}
+    return gradients, learner.apply().values_by_name()
+
+
+def test_training_replays_in_every_split_and_when_layers_are_computed_anew():
+    drawn = recorded_by(trained())
+    moved = elsewhere(drawn, 4)
+    data = step_data(moved)
+    whole, measured = step_of(trained(), data)
+    free, _ = step_of(trained(), replace(data, rollouts=replace(drawn, routes=None)))
+    router = "model.layers.1.mlp.gate.weight"
+    assert np.abs(whole[router]).max() > 1e-6 and np.abs(whole[router] - free[router]).max() > 1e-3
+    for fields, parts in (({}, [[0, 5], [1, 2, 3], [], [8, 7, 6, 4]]), ({"gradient_checkpointing": True}, None)):
+        found, again = step_of(trained(**fields), data, parts)
+        for name, g in found.items():
+            np.testing.assert_allclose(g, whole[name], rtol=0, atol=1e-11, err_msg=name)
+        assert {n: x for n, x in again.items() if "experts/" in n} == {
+            n: x for n, x in measured.items() if "experts/" in n}
+
+
+def test_a_step_reports_the_load_of_the_experts_that_were_used():
+    """Counted by hand: every given token that is read, shared prompts once for each answer."""
+    learner = trained()
+    moved = elsewhere(recorded_by(learner), 4)
+    data = replace(step_data(moved), keep=np.ones(int(moved.is_action.sum()), bool))
+    measured = step_of(learner, data)[1]
+    read = np.setdiff1d(np.arange(len(moved.tokens)), moved.offsets[1:] - 1)
+    share = np.stack([np.bincount(moved.routes[read, i].ravel(), minlength=4) for i in range(2)]) / (2 * len(read))
+    assert measured["experts/largest_share"] == pytest.approx(share.max(axis=1).mean())
+    assert measured["experts/smallest_share"] == pytest.approx(share.min(axis=1).mean())
+    assert measured["experts/entropy"] == pytest.approx(-(share * np.log(share)).sum(axis=1).mean())
+    assert not any("experts/" in name for name in learner.apply().values_by_name())
+
+
+def test_replayed_rollouts_go_to_disk_with_their_routes(folder):
+    drawn = recorded_by(native(folder("mixtral")))
+    arrays, values = to_files(Replay(drawn, np.zeros(drawn.n_episodes, np.int64)))
+    again = from_files(arrays, json.loads(json.dumps(values))).rollouts
+    assert again.routes.dtype == np.uint8 and np.array_equal(again.routes, drawn.routes)
+
+
+def test_a_layer_that_is_computed_anew_keeps_its_experts():
+    """Also where its input is rounded otherwise, as on a GPU."""
+    routes, scores = Routes({1: torch.tensor([[-1], [0]])}), torch.tensor([[0.2, 0.8], [0.3, 0.7]])
+    assert routes.of(1, scores, 1).tolist() == routes.of(1, 1 - scores, 1).tolist() == [[1], [0]]
+    assert routes.of(0, scores, 1).tolist() == [[1], [1]]
 
 
 # ---- new models

@@ -74,6 +74,8 @@ class Answer:
     """[n] float32, after the sampler's processing."""
     finish: int
     """Index into `FINISH`."""
+    routes: np.ndarray | None = None
+    """[P + n, ...] of the prompt's tokens and its own; see `Rollouts.routes`."""
 
 
 def encode(prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, vocab_size: int,
@@ -184,13 +186,14 @@ def assemble(prompts: Sequence[Prompt], encoded: Sequence[tuple[int, ...]], answ
                        "resume from an earlier checkpoint")
     finish = np.array([a.finish for a in answers], np.int8)
     pieces = [piece for ids, a in zip(encoded, answers, strict=True) for piece in (np.array(ids, np.int32), a.tokens)]
+    routes = [a.routes for a in answers if a.routes is not None]
     return Rollouts(
         tokens=np.concatenate([np.zeros(0, np.int32), *pieces]), offsets=offsets_of(lengths.reshape(E, 2).sum(axis=1)),
         episode=np.arange(E), is_action=np.repeat(np.tile([False, True], E), lengths),
         group=np.array([p.group for p in prompts], np.int64), finish=finish, terminated=finish != BUDGET,
         prompts=tuple(prompts), completions=tuple(_completion(a, stops) for a in answers), behavior_logprobs=logprobs,
         policy_version=np.full(len(logprobs), version, np.int32), turn=np.zeros(len(logprobs), np.int32),
-        sampling=sampling)
+        routes=np.concatenate(routes) if routes else None, sampling=sampling)
 
 
 def _completion(answer: Answer, stops: StopStrings) -> str:

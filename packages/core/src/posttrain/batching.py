@@ -149,5 +149,5 @@ def cut(step: StepData, episodes: np.ndarray) -> MicroBatch:
         group=np.unique(part.group, return_inverse=True)[1],
         count=np.maximum(np.bincount(episode, minlength=len(episodes)), 1),
         last=np.cumsum(part.episode_tokens) - 1, weight=column(weights.weight), kl_weight=column(weights.kl_weight),
-        value_weight=column(weights.value_weight), temperature=whole.sampling.temperature, constants=step.constants,
-        **{name: values[..., chosen] for name, values in step.columns.items()})
+        value_weight=column(weights.value_weight), routes=part.routes, temperature=whole.sampling.temperature,
+        constants=step.constants, **{name: values[..., chosen] for name, values in step.columns.items()})

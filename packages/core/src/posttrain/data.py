@@ -113,6 +113,9 @@ class Rollouts:
     """[N] int32, the weights that chose the token."""
     turn: np.ndarray | None = None
     """[N] int32"""
+    routes: np.ndarray | None = None
+    """[M, L, k] uint8 or uint16, the experts that each of the sampler's L layers with experts sent each token to; the
+    largest number of the type where none was recorded, as for a last token, which nothing read."""
     rewards: Mapping[str, np.ndarray] = field(default_factory=dict)
     """name -> [M] float64, a reward column on tokens; an outcome stands on the episode's last token."""
     excluded: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -130,6 +133,8 @@ class Rollouts:
             **{f"excluded[{name!r}]": (x, E) for name, x in self.excluded.items()},
             **{f"greedy_rewards[{name!r}]": (x, E) for name, x in self.greedy_rewards.items()},
         }
+        if self.routes is not None:
+            shapes["routes"] = (self.routes, M)
         N = int(self.is_action.sum())
         for name in ("behavior_logprobs", "policy_version", "turn"):
             if (column := getattr(self, name)) is not None:
@@ -189,7 +194,7 @@ class Rollouts:
             excluded={n: c[episodes] for n, c in self.excluded.items()},
             greedy_rewards={n: c[episodes] for n, c in self.greedy_rewards.items()},
             behavior_logprobs=picked(self.behavior_logprobs), policy_version=picked(self.policy_version),
-            turn=picked(self.turn))
+            turn=picked(self.turn), routes=None if self.routes is None else self.routes[t])
 
     @staticmethod
     def concat(parts: Sequence[Rollouts]) -> Rollouts:
@@ -209,7 +214,7 @@ class Rollouts:
             prompts=tuple(x for p in parts for x in p.prompts),
             completions=tuple(x for p in parts for x in p.completions),
             behavior_logprobs=joined("behavior_logprobs"), policy_version=joined("policy_version"), turn=joined("turn"),
-            rewards={n: np.concatenate([p.rewards[n] for p in parts]) for n in head.rewards},
+            routes=joined("routes"), rewards={n: np.concatenate([p.rewards[n] for p in parts]) for n in head.rewards},
             excluded={n: np.concatenate([p.excluded[n] for p in parts]) for n in head.excluded},
             greedy_rewards={n: np.concatenate([p.greedy_rewards[n] for p in parts]) for n in head.greedy_rewards})
 
@@ -420,6 +425,8 @@ class MicroBatch:
     """[k, N]"""
     preferred: Array | None = None
     """[N] 1 for the actions of the answer that is preferred in its group, 0 for those of the other."""
+    routes: Array | None = None
+    """[M, L, k] see `Rollouts.routes`: what the policy's layers with experts replay, if it has some."""
     temperature: float = 1.0
     constants: Mapping[str, Array] = field(default_factory=dict)
     """Detached numbers of the whole optimiser step."""

@@ -15,7 +15,7 @@ import numpy as np
 from posttrain.data import Prompt, Rollouts, Sampling
 
 _TOKEN_ARRAYS = ("tokens", "offsets", "episode", "is_action", "group", "finish", "terminated", "behavior_logprobs",
-                 "policy_version", "turn")
+                 "policy_version", "turn", "routes")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -234,6 +234,7 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
     if Need.LOGPROBS in parts.needs or wanted or replaced:
         out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget)
         notes = Annotations(out.logprobs, out.entropy).with_critic(out)
+    rollouts = replace(rollouts, routes=None)  # the others have routers of their own, if any
     if parts.critic is not None and parts.critic is not parts.policy:
         out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget)
         notes = notes.with_critic(out)

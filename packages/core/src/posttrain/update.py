@@ -91,8 +91,9 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     Raises `MemoryExhausted` when even single units do not fit, `Diverged` from the learner.
     """
     counts = over_ranks(counts_of(rollouts, keep), comm)
-    data = [StepData(rollouts, keep, per_action(t.objective.weights(counts), keep, correction), columns)
-            for t in trained]
+    unrouted = replace(rollouts, routes=None)  # a critic has experts of its own, if any
+    data = [StepData(unrouted if i else rollouts, keep, per_action(t.objective.weights(counts), keep, correction),
+                     columns) for i, t in enumerate(trained)]
     units = units_of(rollouts, keep, coarsest(t.objective.unit for t in trained))
     costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
     groups = np.array([rollouts.group[u[0]] for u in units])

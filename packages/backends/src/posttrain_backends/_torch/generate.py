@@ -27,7 +27,8 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models.files import copy_named
-from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel
+from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel, Routed
+from posttrain_backends._torch.models.mixture import Routes, recorded
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import (
     BUDGET,
@@ -71,10 +72,12 @@ class Prefix:
     keys: list[Tensor]
     """Per layer [P, kv_heads, D]; no layers where the model has no cache."""
     values: list[Tensor]
+    routes: Tensor | None
+    """[P, L, k] int16, the experts of its tokens where the model has some."""
 
 
-Forward = Callable[[Tensor, Layout], tuple[Tensor, list[Tensor], list[Tensor]]]
-"""[M] ragged tokens -> hidden [M, H], and per layer keys and values [M, kv_heads, D]."""
+Forward = Callable[[Tensor, Layout], tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]]
+"""[M] ragged tokens -> hidden [M, H], per layer keys and values [M, kv_heads, D], and experts [M, L, k]."""
 
 
 class Rows(Protocol):
@@ -97,18 +100,31 @@ class Rows(Protocol):
         """Overwrite the rows `target` with the rows `source`."""
         ...
 
+    def routes(self, row: int, length: int) -> np.ndarray | None:
+        """[length, L, k] the experts of the row's first tokens, where the model has some; see `Rollouts.routes`."""
+        ...
+
 
 @final
 class CachedRows:
-    """Pasts as keys and values."""
+    """Pasts as keys and values, and where the model has experts, those that each token went to."""
 
     def __init__(self, model: CachedLanguageModel, rows: int, columns: int) -> None:
         self._model, self._cache = model, model.new_cache(rows, columns)
         self._device = model.output_weight.device
+        self._routed = model if isinstance(model, Routed) and model.mixtures else None
+        layers, k = (len(self._routed.mixtures), self._routed.experts_per_token) if self._routed else (0, 0)
+        self._routes = torch.zeros(rows, columns, layers, k, dtype=torch.int16, device=self._device)
 
     @property
     def forward(self) -> Forward:
-        return self._model.prefill
+        return self._read
+
+    def _read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+        if self._routed is None:
+            return *self._model.prefill(tokens, layout), None
+        told = Routes()
+        return *self._routed.prefill(tokens, layout, told), told.joined()
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         where = torch.from_numpy(rows).to(self._device)
@@ -116,16 +132,31 @@ class CachedRows:
         for cached, read in layers:
             same = read.transpose(0, 1).to(cached.dtype).expand(len(rows), -1, -1, -1)
             cached[:, :, :len(read)].index_copy_(0, where, same)
+        if prefix.routes is not None:
+            self._routes[where, :len(prefix.routes)] = prefix.routes
 
     def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         newest, places = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
         rows = None if len(tokens) == self._cache.rows else slice(0, len(tokens))
-        return self._model.decode(newest, places, self._cache, rows)
+        if self._routed is None:
+            return self._model.decode(newest, places, self._cache, rows)
+        told = Routes()
+        hidden = self._routed.decode(newest, places, self._cache, rows, told)
+        self._routes[torch.arange(len(tokens), device=self._device), places] = told.joined()
+        return hidden
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
         for layer in (*self._cache.keys, *self._cache.values):
             layer.index_copy_(0, t, layer.index_select(0, s))
+        self._routes[t] = self._routes[s]
+
+    def routes(self, row: int, length: int) -> np.ndarray | None:
+        if self._routed is None:
+            return None
+        told = self._routes[row, :length].clone()
+        told[-1] = -1  # the last token was drawn, and not read
+        return recorded(told, self._routed.experts)
 
 
 @final
@@ -138,7 +169,7 @@ class RecomputedRows:
 
     @property
     def forward(self) -> Forward:
-        return lambda tokens, layout: (self._model.hidden(tokens, layout), [], [])
+        return lambda tokens, layout: (self._model.hidden(tokens, layout), [], [], None)
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         self._tokens[rows, :len(prefix.tokens)] = prefix.tokens
@@ -152,6 +183,9 @@ class RecomputedRows:
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self._tokens[target] = self._tokens[source]
+
+    def routes(self, row: int, length: int) -> None:
+        return None
 
 
 @final
@@ -184,12 +218,13 @@ class Prefixes:
         offsets = self._offsets[first:last + 1] - self._offsets[first]
         layout = Layout.from_offsets(offsets, self._device)
         flat = torch.from_numpy(np.concatenate(self._prompts[first:last])).to(self._device)
-        hidden, keys, values = self._forward(flat, layout)
+        hidden, keys, values, routes = self._forward(flat, layout)
         ends = hidden[layout.last]
         for i in range(last - first):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             self._read[first + i] = Prefix(
-                self._prompts[first + i], ends[i], [k[part] for k in keys], [v[part] for v in values])
+                self._prompts[first + i], ends[i], [k[part] for k in keys], [v[part] for v in values],
+                None if routes is None else routes[part])
         self.count, self.tokens = last, self.tokens + len(flat)
 
 
@@ -264,7 +299,8 @@ class Decoding:
         for i in ended:
             answer = (rows[i], slice(0, int(count[i]) + 1))
             self._answers[int(self._episode[rows[i]])] = Answer(
-                self._tokens[answer].astype(np.int32), self._logprobs[answer].copy(), int(finish[i]))
+                self._tokens[answer].astype(np.int32), self._logprobs[answer].copy(), int(finish[i]),
+                self._rows.routes(int(rows[i]), int(self._length[rows[i]] + count[i]) + 1))
         return rows[ended]
 
     def _close(self, free: np.ndarray) -> None:

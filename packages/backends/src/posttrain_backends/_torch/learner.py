@@ -33,7 +33,8 @@ from posttrain_backends._torch.head import (
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
-from posttrain_backends._torch.models.interface import AdaptedLanguageModel, LanguageModel, Trunk, ValueModel
+from posttrain_backends._torch.models.interface import AdaptedLanguageModel, LanguageModel, Routed, Trunk, ValueModel
+from posttrain_backends._torch.models.mixture import Routes, replayed
 from posttrain_backends._torch.optimizer import NamedAdamW
 from posttrain_backends._torch.sharing import computed
 from posttrain_backends._torch.unadapted import Unadapted
@@ -65,6 +66,10 @@ class _Actions:
     """[N] the id of each action."""
     last: Tensor
     """[E] the last token of each episode; [0] where nobody asks for it."""
+    copies: np.ndarray
+    """[U] the given tokens that each stands for."""
+    routes: Routes
+    """The experts that are replayed; it is told the others."""
 
 
 _AT_THE_END = frozenset({Output.BOOTSTRAP_VALUES, Output.EXPECTED_ACTION_VALUES})
@@ -108,6 +113,8 @@ class TorchLearner:
         self._bad_steps = 0
         self._reference: TorchLearner | Unadapted | None = None
         self._start: dict[str, Tensor] | None = None
+        self._routed = model if isinstance(model, Routed) and model.mixtures else None
+        self._sent: dict[int, Tensor] = {}
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.trunk.named_parameters()
@@ -152,25 +159,40 @@ class TorchLearner:
         @torch.no_grad()
         def scored() -> TokenOutputs:
             ends = np.maximum(np.cumsum(rollouts.episode_tokens) - 1, 0)
-            actions = self._actions(rollouts.tokens, rollouts.offsets, rollouts.source, ends, outputs)
+            actions = self._actions(rollouts.tokens, rollouts.offsets, rollouts.source, ends, outputs, rollouts.routes)
             reference = self._reference_at(rollouts.tokens, rollouts.offsets, rollouts.source, outputs)
             return self._outputs(actions, outputs, temperature, reference)
         out = translating_memory_errors(scored)
         return _to_host(out)
 
-    def _actions(self, tokens: Array, offsets: np.ndarray, source: Array, last: Array,
-                 outputs: frozenset[Output]) -> _Actions:
+    def _actions(self, tokens: Array, offsets: np.ndarray, source: Array, last: Array, outputs: frozenset[Output],
+                 routes: np.ndarray | None = None) -> _Actions:
         """Actions at `source` of tokens whose sequences begin at `offsets`, and the least that must be computed."""
         tokens, before = np.asarray(tokens), np.asarray(source) - 1
         ends = np.asarray(last)[:len(last) if outputs & _AT_THE_END else 0]
         need = computed(tokens, offsets, np.concatenate([before, ends]), self.device,
-                        shared=self.trunk.shares_prompts)
+                        shared=self.trunk.shares_prompts, routes=routes)
         return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
-                        self._ids(tokens[before + 1]), self._ids(need.place[ends]))
+                        self._ids(tokens[before + 1]), self._ids(need.place[ends]),
+                        np.bincount(need.place[need.place >= 0], minlength=len(need.kept)),
+                        self._replayed(routes, need.kept))
+
+    def _replayed(self, routes: np.ndarray | None, kept: np.ndarray) -> Routes:
+        """Those of the tokens that are computed; a model without experts has none to replay."""
+        if routes is None or self._routed is None:
+            return Routes()
+        return replayed(routes[kept], self._routed.mixtures, self._routed.experts, self._routed.experts_per_token,
+                        self.device)
+
+    def _hidden(self, actions: _Actions) -> Tensor:
+        """[U, H]"""
+        if self._routed is None:
+            return self.trunk.hidden(actions.tokens, actions.layout)
+        return self._routed.hidden(actions.tokens, actions.layout, actions.routes)
 
     def _outputs(self, actions: _Actions, outputs: frozenset[Output], temperature: float,
                  reference: Readout | None) -> TokenOutputs:
-        hidden = self.trunk.hidden(actions.tokens, actions.layout)
+        hidden = self._hidden(actions)
         before = hidden.index_select(0, actions.before)
         logprobs, entropy = torch.full((len(before),), float("nan"), dtype=self._dtype, device=self.device), None
         reference_kl, with_entropy = None, Output.ENTROPY in outputs
@@ -249,7 +271,7 @@ class TorchLearner:
     def readout(self, tokens: Array, offsets: np.ndarray, source: Array) -> Readout:
         """What the logits are made of that the actions at `source` are drawn from."""
         actions = self._actions(tokens, offsets, source, np.zeros(0, np.int64), frozenset())
-        hidden = self.trunk.hidden(actions.tokens, actions.layout)
+        hidden = self._hidden(actions)
         return Readout(hidden.index_select(0, actions.before), self.output_weight.detach(), self.trunk.compute_dtype)
 
     def _reference_at(self, tokens: Array, offsets: np.ndarray, source: Array,
@@ -279,10 +301,11 @@ class TorchLearner:
                 return Metrics()
             offsets = offsets_of_tokens(batch.sequence, batch.positions)
             reference = self._reference_at(batch.tokens, offsets, batch.source, objective.outputs)
-            actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs)
+            actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs, batch.routes)
             out = self._outputs(actions, objective.outputs, batch.temperature, reference)
-            loss = objective(ops_of(out.logprobs), out, self._on_device(batch), coef)
+            loss = objective(ops_of(out.logprobs), out, self._on_device(replace(batch, routes=None)), coef)
             self._backward(_by_slot(loss))
+            self._count(actions)
             return _loss_metrics(loss)
         return translating_memory_errors(accumulated)
 
@@ -296,6 +319,24 @@ class TorchLearner:
             x = np.asarray(x)
             return torch.from_numpy(x).to(self.device, self._dtype) if x.dtype.kind == "f" else self._ids(x)
         return replace(batch, **{f.name: moved(getattr(batch, f.name)) for f in fields(batch)})
+
+    def _count(self, actions: _Actions) -> None:
+        """Add the tokens that each expert of each layer was sent."""
+        if self._routed is None:
+            return
+        copies = torch.from_numpy(actions.copies).to(self.device)
+        for layer in self._routed.mixtures:
+            ids = actions.routes.chosen[layer]
+            here = copies.new_zeros(self._routed.experts).index_add_(0, ids.flatten(), copies.repeat_interleave(
+                ids.shape[1]))
+            self._sent[layer] = self._sent.get(layer, 0) + here
+
+    def _sent_over_ranks(self) -> np.ndarray:
+        """[L, E] the step's tokens by layer and expert; [0, 0] without experts."""
+        if self._routed is None:
+            return np.zeros((0, 0), np.int64)
+        nothing = torch.zeros(self._routed.experts, dtype=torch.int64)
+        return self._comm.sum(np.stack([to_numpy(self._sent.get(layer, nothing)) for layer in self._routed.mixtures]))
 
     def _sums(self, slot: str) -> dict[str, Tensor]:
         """The slot's gradients by parameter, zero to begin with; they exist for all, so `apply` allocates none."""
@@ -342,10 +383,12 @@ class TorchLearner:
         if self._optimizer is None:
             raise RuntimeError("this model was loaded for scoring (LoadRequest.optimization is None)")
         self._sum_over_ranks()
+        sent = self._sent_over_ranks()
         gradients = self._mixed({SHARED: 1.0, **weights} if weights is not None else None)
         norm = torch.nn.utils.get_total_norm(gradients.values(), error_if_nonfinite=False)
         lr, finite = self._optimizer.lr, bool(torch.isfinite(norm))
         metrics = Metrics({"lr": Metric(lr, reduction="last"), "skipped": Metric(float(not finite), reduction="sum")})
+        metrics += load_metrics(sent)
         if finite:
             for name, p in self._parameters.items():
                 p.grad = gradients[name]
@@ -383,7 +426,7 @@ class TorchLearner:
             torch.cuda.empty_cache()  # what comes next is planned smaller, and must not fail on fragments
 
     def _forget(self) -> None:
-        self._gradients, self._start, self._summed = {}, None, False
+        self._gradients, self._start, self._summed, self._sent = {}, None, False, {}
         for p in self._parameters.values():
             p.grad = None
 
@@ -504,6 +547,21 @@ def _loss_metrics(loss: Loss) -> Metrics:
     terms = {f"loss/{name}": Metric(number(term.total), reduction="sum") for name, term in loss.terms.items()}
     means = {name: Metric(number(total), number(weight)) for name, (total, weight) in loss.metrics.items()}
     return Metrics({**terms, **means})
+
+
+def load_metrics(sent: np.ndarray) -> Metrics:
+    """Of the tokens sent to each expert of each layer [L, E]: the largest and the smallest share, and the entropy of
+    the shares (at most log E), as means over layers; nothing without experts or tokens.
+
+    >>> {name: round(x, 3) for name, x in load_metrics(np.array([[3, 1], [2, 2]])).values_by_name().items()}
+    {'experts/largest_share': 0.625, 'experts/smallest_share': 0.375, 'experts/entropy': 0.628}
+    """
+    if not sent.any():
+        return Metrics()
+    share = sent / sent.sum(axis=1, keepdims=True)
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=1)
+    found = {"largest_share": share.max(axis=1), "smallest_share": share.min(axis=1), "entropy": entropy}
+    return Metrics({f"experts/{name}": Metric(float(x.mean())) for name, x in found.items()})
 
 
 def _diverged(bad_steps: int, gradients: Mapping[str, Tensor]) -> Diverged:

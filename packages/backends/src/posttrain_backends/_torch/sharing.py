@@ -7,6 +7,7 @@ it. Knows no model and no loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -31,10 +32,11 @@ class Computed:
 
 
 def computed(tokens: np.ndarray, offsets: np.ndarray, read: np.ndarray, device: torch.device | str = "cpu", *,
-             shared: bool = True) -> Computed:
+             shared: bool = True, routes: np.ndarray | None = None) -> Computed:
     """What gives the hidden states of the tokens `read` [n], of sequences that begin at `offsets` [S+1] of tokens [M].
 
-    With `shared`, sequences with equal tokens up to their first one read compute those once.
+    With `shared`, sequences with equal tokens, and equal `routes` [M, ...], up to their first one read compute those
+    once.
 
     >>> c = computed(np.array([7, 8, 1, 2,  7, 8, 3]), np.array([0, 4, 7]), read=np.array([1, 2, 5, 6]))
     >>> c.kept, c.place
@@ -46,7 +48,7 @@ def computed(tokens: np.ndarray, offsets: np.ndarray, read: np.ndarray, device: 
     np.maximum.at(length, sequence, read - starts[sequence] + 1)
     np.minimum.at(prompt, sequence, read - starts[sequence] + 1)
     prompt = np.minimum(prompt, length)
-    source = _first_equal(tokens, starts, prompt) if shared else np.arange(S)
+    source = _first_equal((tokens, *(() if routes is None else (routes,))), starts, prompt) if shared else np.arange(S)
     follows = np.flatnonzero(source != np.arange(S))
     own = np.zeros(S, np.int64)
     own[follows] = prompt[follows]
@@ -59,8 +61,8 @@ def computed(tokens: np.ndarray, offsets: np.ndarray, read: np.ndarray, device: 
         offsets_of(length), device, place[ragged_indices(starts, length)] if len(follows) else None))
 
 
-def _first_equal(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[S] the first sequence whose first `lengths` tokens are the same ones."""
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(tokens[a:a + n].tobytes(), s)
+def _first_equal(columns: Sequence[np.ndarray], starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[S] the first sequence whose first `lengths` tokens have the same columns [M, ...]."""
+    first: dict[tuple[bytes, ...], int] = {}
+    return np.array([first.setdefault(tuple(column[a:a + n].tobytes() for column in columns), s)
                      for s, (a, n) in enumerate(zip(starts.tolist(), lengths.tolist()))], np.int64)

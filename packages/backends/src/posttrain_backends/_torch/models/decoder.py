@@ -162,9 +162,22 @@ class Decoder(nn.Module):
     def autocast(self) -> AbstractContextManager[object]:
         return autocast_to(self.precision, self._cos.device)
 
-    def hidden(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """[M] token ids -> [M, H] after the final norm. Raises `ConfigError` beyond `max_position_embeddings`."""
-        routes = Routes()
+    @property
+    def mixtures(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.shape.num_hidden_layers) if self.shape.has_experts(i))
+
+    @property
+    def experts(self) -> int:
+        return self.shape.num_experts
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.shape.num_experts_per_tok
+
+    def hidden(self, tokens: Tensor, layout: Layout, routes: Routes | None = None) -> Tensor:
+        """[M] token ids -> [M, H] after the final norm; see `Routed.hidden`. Raises `ConfigError` beyond
+        `max_position_embeddings`."""
+        routes = routes or Routes()
         with self.autocast():
             x, rope = self._embed(tokens, layout.positions, layout.longest)
             for layer in self.model.layers:
@@ -188,9 +201,10 @@ class Decoder(nn.Module):
                               next_step="Set tie_word_embeddings to false in its config.json to take both.")
         copy_named(weights.items(), self.state_dict(), f"policy.weights {folder}")
 
-    def prefill(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def prefill(self, tokens: Tensor, layout: Layout,
+                routes: Routes | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """[M] -> hidden [M, H], and the keys and values of each layer, [M, kv_heads, D]."""
-        keys, values, routes = [], [], Routes()
+        keys, values, routes = [], [], routes or Routes()
         with self.autocast():
             x, rope = self._embed(tokens, layout.positions, layout.longest)
             for layer in self.model.layers:
@@ -206,9 +220,10 @@ class Decoder(nn.Module):
         layers = (cast(DecoderLayer, layer) for layer in self.model.layers)
         return KVCache(zeros(), zeros(), [layer.for_decoding(self.compute_dtype) for layer in layers])
 
-    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None,
+               routes: Routes | None = None) -> Tensor:
         """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
-        step, routes = _Step.at(positions, cache.keys[0]), Routes()
+        step, routes = _Step.at(positions, cache.keys[0]), routes or Routes()
         with self.autocast():
             x, rope = self._embed(tokens, positions, step.columns)
             for weights, keys, values in zip(cache.weights, cache.keys, cache.values):

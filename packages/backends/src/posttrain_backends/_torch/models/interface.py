@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.mixture import Routes
 
 
 @final
@@ -137,6 +138,30 @@ class CachedLanguageModel(LanguageModel, Protocol):
         they are not all.
         """
         ...
+
+
+@runtime_checkable
+class Routed(CachedLanguageModel, Protocol):
+    """A language model whose layers may be mixtures of experts: each forward pass can be told, and tells, where tokens
+    went."""
+
+    @property
+    def mixtures(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        ...
+
+    @property
+    def experts(self) -> int:
+        """In each of them."""
+        ...
+
+    @property
+    def experts_per_token(self) -> int: ...
+    def hidden(self, tokens: Tensor, layout: Layout, routes: Routes | None = None) -> Tensor: ...
+    def prefill(self, tokens: Tensor, layout: Layout,
+                routes: Routes | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]: ...
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None,
+               routes: Routes | None = None) -> Tensor: ...
 
 
 Precision = Literal["float32", "bf16", "float64"]

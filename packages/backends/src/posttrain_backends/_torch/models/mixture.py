@@ -6,12 +6,14 @@ et al. 2024 (2401.06066) for shared experts. Tokens are sorted by expert and mul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from posttrain.errors import ConfigError
 from torch import Tensor, nn
 
 _ALIGNED = 16
@@ -40,6 +42,32 @@ class Routes:
             given = self._given.get(layer)
             self.chosen[layer] = best if given is None else torch.where(given >= 0, given, best)
         return self.chosen[layer]
+
+    def joined(self) -> Tensor:
+        """[M, L, k] int16, what was chosen in each layer."""
+        return torch.stack([self.chosen[layer] for layer in sorted(self.chosen)], dim=1).short()
+
+
+def recorded(joined: Tensor, experts: int) -> np.ndarray:
+    """`Routes.joined`, -1 where nothing was chosen, as `Rollouts.routes` has it.
+
+    >>> recorded(torch.tensor([[[0, 3]], [[-1, -1]]]).short(), experts=4).tolist()
+    [[[0, 3]], [[255, 255]]]
+    """
+    return joined.cpu().numpy().astype(np.uint8 if experts < np.iinfo(np.uint8).max else np.uint16)
+
+
+def replayed(routes: np.ndarray, layers: Sequence[int], experts: int, k: int, device: torch.device) -> Routes:
+    """What is `recorded` [M, L, k], for a model whose `layers` choose k of so many experts. Raises `ConfigError` where
+    it is of another model."""
+    ids = routes.astype(np.int64)
+    ids[routes == np.iinfo(routes.dtype).max] = -1
+    if ids.shape[1:] != (len(layers), k) or ids.max(initial=-1) >= experts:
+        raise ConfigError(
+            [f"the rollouts hold {ids.shape[2]} experts a token in {ids.shape[1]} layers, numbered up to "
+             f"{ids.max(initial=-1)}; the policy chooses {k} of {experts} in {len(layers)} layers"],
+            next_step="Draw with the policy's own model, or train without its routes: Rollouts.routes=None.")
+    return Routes(dict(zip(layers, torch.from_numpy(ids).to(device).unbind(1))))
 
 
 class Experts(nn.Module):
