@@ -15,13 +15,18 @@ import torch.nn.functional as F
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.data import Prompt, Rollouts, Sampling, offsets_of  # after the check that the library is there
+import posttrain  # after the check that the library is there
+from posttrain.batching import FirstFit
+from posttrain.comm import SingleProcess
+from posttrain.data import Prompt, Rollouts, Sampling, offsets_of
 from posttrain.errors import ConfigError
+from posttrain.loss import ExpertBalance, Sum
 from posttrain.protocols import LoadRequest, Optimization, Output
 from posttrain.replay import Replay, from_files, to_files
 from posttrain.testing import BackendContract
 from posttrain.testing.tiny_models import Probe, accumulate, step_data
 from posttrain.tokenizers import Characters
+from posttrain.update import Trained, optimiser_step
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import mixture
 from posttrain_backends._torch.models.config import read_shape
@@ -35,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 TOKENIZER = Characters("abcdefgh01+").load()
 V = TOKENIZER.vocab_size
+ROWS = Path(__file__).parents[1] / "integration" / "data" / "rows.jsonl"
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1,
          "pad_token_id": 0, "num_experts_per_tok": 2}
@@ -339,7 +345,7 @@ def test_routes_are_stored_small_and_come_back(experts, dtype, free):
     stored = mixture.recorded(ids.short(), experts)
     assert stored.dtype == dtype and stored.tolist() == [[[0, experts - 1]], [[free, free]]]
     scores = torch.linspace(0, 1, experts).repeat(2, 1)
-    again = mixture.replayed(stored, (3,), experts, 2, torch.device("cpu")).of(3, scores, 2)
+    again = Routes(mixture.replayed(stored, (3,), experts, 2, torch.device("cpu"))).of(3, scores, 2)
     assert again.tolist() == [[0, experts - 1], [experts - 1, experts - 2]]
     for other in ({"layers": (3, 4)}, {"k": 1}, {"experts": experts - 1}):
         given = {"layers": (3,), "experts": experts, "k": 2, "device": torch.device("cpu"), **other}
@@ -421,6 +427,137 @@ def test_a_step_reports_the_load_of_the_experts_that_were_used():
     assert measured["experts/smallest_share"] == pytest.approx(share.min(axis=1).mean())
     assert measured["experts/entropy"] == pytest.approx(-(share * np.log(share)).sum(axis=1).mean())
     assert not any("experts/" in name for name in learner.apply().values_by_name())
+
+
+# ---- an even load
+
+
+def balanced(moved, parts_of: int, learner, coef=0.7, objective=None, keep=None):
+    """One optimiser step of `ExpertBalance` in parts of so many tokens."""
+    N = int(moved.is_action.sum())
+    keep = np.ones(N, bool) if keep is None else keep
+    whole = Sum((objective or ExpertBalance(),))
+    return optimiser_step([Trained(learner, whole)], moved, keep, np.ones(N), {}, {"expert_balance": coef},
+                          batching=FirstFit(), budget=parts_of, comm=SingleProcess())[0].values_by_name()
+
+
+@pytest.mark.oracle
+def test_the_loss_is_that_of_the_switch_transformer(monkeypatch):
+    """The literal formula over whole sequences, each computed alone: value, and the step of every parameter."""
+    ours, theirs = trained(), trained()
+    moved = elsewhere(recorded_by(ours), 4)
+    keep = np.random.default_rng(0).random(int(moved.is_action.sum())) < 0.6
+    monkeypatch.setattr(ours, "_optimizer", Ascent(ours._parameters))
+    measured = balanced(moved, 10**6, ours, keep=keep)
+    scores: list[torch.Tensor] = []
+    real = mixture.router_scores
+    monkeypatch.setattr(mixture, "router_scores", lambda x, router: scores.append(real(x, router)) or scores[-1])
+    ids = torch.from_numpy(moved.routes.astype(np.int64))
+    ids[ids == 255] = -1
+    theirs.model.hidden(torch.from_numpy(moved.tokens).long(), Layout.from_offsets(moved.offsets),
+                        Routes(dict(enumerate(ids.unbind(1)))))
+    read, kept = np.zeros(len(moved.tokens), bool), moved.source[keep]
+    for a, b in zip(moved.offsets[:-1], moved.offsets[1:], strict=True):
+        last = max((s for s in kept if a <= s < b), default=a)
+        read[a:last] = True
+    total = sum(4 * sum((ids[read, layer] == e).double().mean() * p[read, e].mean() for e in range(4))
+                for layer, p in enumerate(scores)) / 2
+    (0.7 * total).backward()
+    assert measured["loss/expert_balance"] == pytest.approx(total.item(), rel=1e-12) and abs(total - 1) > 0.01
+    for name, p in theirs.model.named_parameters():
+        expected = np.zeros(p.shape) if p.grad is None else p.grad.numpy()
+        np.testing.assert_allclose(ours._optimizer.seen[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert max(np.abs(x).max() for name, x in ours._optimizer.seen.items() if "gate.weight" in name) > 1e-3
+
+
+class Ascent:
+    """Keeps the gradients of a step and moves nothing."""
+
+    lr, settings = 0.0, Optimization(clip_norm=0.0)
+
+    def __init__(self, parameters):
+        self.parameters, self.seen = parameters, {}
+
+    def step(self):
+        self.seen = {name: p.grad.numpy().copy() for name, p in self.parameters.items()}
+
+
+@pytest.mark.oracle
+def test_the_loss_equals_that_of_transformers():
+    """Over one layer; theirs counts the k experts of a token k times."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    logits = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    scores, k = logits.softmax(-1), 3
+    chosen = scores.topk(k).indices
+    load = torch.bincount(chosen.flatten(), minlength=6) / chosen.numel()
+    routes = Routes(load={0: load})
+    routes.of(0, scores, k)
+    found, expected = 6 * routes.agreement[0].mean(), load_balancing_loss_func((logits,), 6, k) / k
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x, logits, retain_graph=True) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_checkpointing": True}, {"family": "qwen2_moe"}])
+def test_an_even_load_is_sought_alike_in_every_split(fields, monkeypatch):
+    found = []
+    for tokens in (10**6, 30, 1):
+        learner = trained(**fields)
+        moved = elsewhere(recorded_by(trained(**fields)), 4)
+        monkeypatch.setattr(learner, "_optimizer", Ascent(learner._parameters))
+        measured = balanced(moved, tokens, learner)
+        found.append((measured["loss/expert_balance"], measured["batch/parts"], learner._optimizer.seen))
+    (total, _, whole), *others = found
+    assert found[0][1] == 1 and others[-1][1] == len(PROMPTS)
+    for other, _, gradients in others:
+        assert other == pytest.approx(total, rel=1e-12)
+        for name, g in gradients.items():
+            np.testing.assert_allclose(g, whole[name], rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_an_uneven_load_becomes_even():
+    """By the loss alone, routes drawn anew for each step."""
+    learner = Torch(**{**NEW, "layers": 1}).load(LoadRequest(V, seed=1, optimization=Optimization(lr=0.02)))
+    with torch.no_grad():  # all tokens have a direction in common, along which the first expert looks
+        learner.model.model.embed_tokens.weight.add_(0.02)
+        learner.model.model.layers[0].mlp.gate.weight[0] = 0.1
+    largest = [balanced(recorded_by(learner), 10**6, learner, 1.0)["experts/largest_share"] for _ in range(40)]
+    assert largest[0] > 0.4 and np.mean(largest[-5:]) < largest[0] - 0.08
+
+
+def test_what_has_no_load_is_refused(tmp_path):
+    learner, dense = trained(), Torch(**{**NEW, "family": "llama", "experts": 0}).load(
+        LoadRequest(V, optimization=Optimization()))
+    drawn = recorded_by(learner)
+    with pytest.raises(ConfigError, match=r"expert_balance_coef: the engine records no experts(.|\n)*engine: batched"):
+        balanced(replace(drawn, routes=None), 100, learner)
+    with pytest.raises(ConfigError, match="gives no expert_load .*no load of a mixture of experts"):
+        balanced(drawn, 100, dense)
+    with pytest.raises(ConfigError, match="gives no expert_load"):
+        learner.score(drawn, frozenset({Output.EXPERT_LOAD}), 1.0)
+    config = {"recipe": "grpo", "steps": 1, "policy": "torch", "rewards": {"length": lambda completions, **_: [
+        float(len(c)) for c in completions]}, "update": {"expert_balance_coef": 0.1}, "run": str(tmp_path / "run"),
+        "task": {"use": "rows", "path": str(ROWS)}, "tokenizer": {"use": "characters", "alphabet": "0123456789+="}}
+    with pytest.raises(ConfigError, match="evens out the load of experts, of which backend 'torch' gives none; use "):
+        posttrain.train(config)
+
+
+def test_a_run_trains_a_mixture_from_a_configuration(tmp_path):
+    def digits(completions, **_):
+        return [sum(x.isdigit() for x in c) / 4 for c in completions]
+    posttrain.train({
+        "recipe": "grpo", "steps": 12, "threads": 1, "run": str(tmp_path / "run"), "seed": 7,
+        "policy": {"use": "moe", "experts": 4, "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1,
+                   "max_positions": 32, "device": "cpu"},
+        "tokenizer": {"use": "characters", "alphabet": "0123456789+="}, "task": {"use": "rows", "path": str(ROWS)},
+        "rewards": {"digits": digits}, "update": {"expert_balance_coef": 0.01, "steps_per_rollout": 2},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 4}, "optimizer": {"lr": 1e-2},
+        "trackers": {"console": None, "jsonl": None}})
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.25 <= s["experts/largest_share"] <= 0.5 and 0.9 < s["loss/expert_balance"] < 4 for s in steps)
+    assert all(s["sampler/gap_max"] < 1e-5 for s in steps)
+    rewards = [s["reward/mean"] for s in steps]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
 
 
 def test_replayed_rollouts_go_to_disk_with_their_routes(folder):

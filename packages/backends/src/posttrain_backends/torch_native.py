@@ -124,7 +124,8 @@ class Torch:
 
     @property
     def provides(self) -> frozenset[Output]:
-        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
+        experts = {Output.EXPERT_LOAD} if self.family in _MIXTURES or self.weights else set()
+        return frozenset({*experts, Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
                           Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
 
     def load(self, request: LoadRequest) -> TorchLearner:

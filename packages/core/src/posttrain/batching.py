@@ -28,6 +28,8 @@ class StepData:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """`MicroBatch` field -> [N], [k, N] or [m, N]; the action axis is the last one."""
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+    token_weight: np.ndarray | None = None
+    """[M] in terms that run over tokens."""
 
 
 def counts_of(rollouts: Rollouts, keep: np.ndarray) -> Counts:
@@ -138,14 +140,16 @@ def cut(step: StepData, episodes: np.ndarray) -> MicroBatch:
     chosen = chosen[kept]
     lengths = np.diff(part.offsets)
     episode = part.action_episode[kept]
-    weights = step.weights
+    weights, tokens = step.weights, whole.episode_tokens
     zero = np.zeros(len(chosen))
+    token_weight = np.zeros(len(part.tokens)) if step.token_weight is None else step.token_weight[
+        ragged_indices(offsets_of(tokens)[episodes], tokens[episodes])]
     def column(x: np.ndarray | None) -> np.ndarray:
         return zero if x is None else x[chosen]
     return MicroBatch(
         tokens=part.tokens, sequence=np.repeat(np.arange(len(lengths)), lengths),
         positions=np.arange(len(part.tokens)) - np.repeat(part.offsets[:-1], lengths),
-        token_weight=np.zeros(len(part.tokens)), source=part.source[kept], episode=episode,
+        token_weight=token_weight, source=part.source[kept], episode=episode,
         group=np.unique(part.group, return_inverse=True)[1],
         count=np.maximum(np.bincount(episode, minlength=len(episodes)), 1),
         last=np.cumsum(part.episode_tokens) - 1, weight=column(weights.weight), kl_weight=column(weights.kl_weight),

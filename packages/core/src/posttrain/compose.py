@@ -23,7 +23,7 @@ from posttrain.fitting import (
     scores_answers,
     uncorrected,
 )
-from posttrain.loss import KLTerm, Measured, Sum, over_vocabulary
+from posttrain.loss import ExpertBalance, KLTerm, Measured, Sum, over_vocabulary
 from posttrain.progress import doing
 from posttrain.protocols import (
     Adapted,
@@ -67,6 +67,8 @@ def objective_of(settings: Settings, registry: Registry) -> Sum:
         parts.append(settings.value_objective)
     if settings.update.entropy_coef:
         parts.append(registry.create("objective", "entropy"))
+    if settings.update.expert_balance_coef:
+        parts.append(ExpertBalance())
     measured_before = Need.LOGPROBS in needs_of(settings)  # then the KL is measured once, before the update
     by_sampling = settings.kl.placement != "none" and not over_vocabulary(settings.kl)
     return Sum((*parts, Measured(reference=by_sampling and not measured_before)))

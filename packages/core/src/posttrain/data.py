@@ -380,6 +380,7 @@ class TokenOutputs:
     expected_bootstrap_values: Array | None = None
     """[k, E] the same after each episode's last token."""
     aux: Mapping[str, Array] = field(default_factory=dict)
+    """Columns on other axes, by the name of their `Output`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -429,7 +430,8 @@ class MicroBatch:
     """[M, L, k] see `Rollouts.routes`: what the policy's layers with experts replay, if it has some."""
     temperature: float = 1.0
     constants: Mapping[str, Array] = field(default_factory=dict)
-    """Detached numbers of the whole optimiser step."""
+    """Detached numbers of the whole optimiser step: `expert_load` [L, E], the share of its tokens that went to each
+    expert of each layer, where a loss reads it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

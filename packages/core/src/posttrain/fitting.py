@@ -108,6 +108,7 @@ def _check_supervised(loaded: Loaded) -> list[Problem]:
                                 "loop: rl"))
     of_rl = {"reference_update": settings.reference_update.moves, "kl": settings.kl.placement != "none",
              "stop.kl": settings.stop.kl > 0, "update.max_kl": settings.update.max_kl > 0,
+             "update.expert_balance_coef": settings.update.expert_balance_coef > 0,
              "constraint": settings.constraint is not None or bool(bounds_of(settings))}
     problems += [Problem(f"{key}: loop: supervised has no rollouts, so nothing reads it; leave it out")
                  for key, given in of_rl.items() if given]
@@ -165,6 +166,9 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     if settings.update.max_kl and optimiser_steps(settings) == 1:
         problems.append(Problem("update.max_kl leaves out the rest of a rollout's optimiser steps, and there is one; "
                                 "raise update.steps_per_rollout or update.epochs, or leave it out"))
+    if settings.update.expert_balance_coef and Output.EXPERT_LOAD not in settings.policy.provides:
+        problems.append(Problem(f"update.expert_balance_coef evens out the load of experts, of which backend "
+                                f"'{name_of(loaded, 'policy')}' gives none; use policy: moe, or leave it out"))
     if Output.LOGPROBS not in settings.policy.provides:
         problems.append(Problem(f"backend '{name_of(loaded, 'policy')}' gives no log-probs and cannot be a policy"))
     if settings.update.steps_per_rollout > settings.rollout.prompts_per_step:

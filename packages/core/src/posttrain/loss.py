@@ -118,6 +118,25 @@ class KLTerm:
 
 @final
 @dataclass(frozen=True, slots=True)
+class ExpertBalance:
+    """`coef["expert_balance"] * sum(token_weight * a)`, a per token as `Output.EXPERT_LOAD` has it: 1 where each router
+    and the load of its experts are uniform, up to E where all tokens go to one."""
+
+    needs: frozenset[Need] = frozenset()
+    outputs: frozenset[Output] = frozenset({Output.EXPERT_LOAD})
+    unit: Literal["action", "episode", "group"] = "action"
+    slots: tuple[str, ...] = (SHARED,)
+
+    def weights(self, counts: Counts) -> Weights:
+        return Weights()
+
+    def __call__(self, ops: Ops, out: TokenOutputs, batch: MicroBatch, coef: Mapping[str, Array]) -> Loss:
+        total = ops.xp.sum(batch.token_weight * out.aux[Output.EXPERT_LOAD])
+        return Loss({"expert_balance": Term(total, coef["expert_balance"], SHARED)})
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Measured:
     """No loss: the entropy of the policy and its KL to the reference, as sums over actions."""
 

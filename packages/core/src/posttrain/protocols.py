@@ -71,6 +71,9 @@ class Output(StrEnum):
     """Mean over the vocabulary under the policy, of the state before each action and after each episode's last token;
     asked for in scoring only."""
     EXPERT_LOAD = "expert_load"
+    """In `TokenOutputs.aux`: [M] per token, the mean over layers of E sum_e f_e p_e, with p the router's probabilities
+    of its E experts and f the step's shares, `MicroBatch.constants` of the same name. In training only; differentiable
+    in p."""
     REFERENCE_KL = "reference_kl"
     """KL(policy || reference) over the whole vocabulary, of the state before each action; differentiable in the policy
     alone. There for a learner that was given its reference (`Comparing`)."""

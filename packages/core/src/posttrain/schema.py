@@ -101,13 +101,15 @@ class UpdateSettings:
     max_kl: float = 0.0
     """Leave out the remaining optimiser steps of a rollout where KL(pi_old || pi) per action is above this; 0 never."""
     entropy_coef: float = 0.0
+    expert_balance_coef: float = 0.0
+    """Weight of the loss that evens out the load of a policy's experts, which is 1 where it is even."""
     value_coef: float = 0.5
     """Weight of the value loss where critic and policy share a trunk."""
 
     def __post_init__(self) -> None:
         if self.steps_per_rollout < 1 or self.epochs < 1:
             raise ValueError("steps_per_rollout and epochs must be at least 1")
-        not_negative(self, "value_coef", "max_kl")
+        not_negative(self, "value_coef", "max_kl", "expert_balance_coef")
         if not isfinite(self.entropy_coef):  # negative: less entropy is wanted
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
 

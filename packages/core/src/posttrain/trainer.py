@@ -149,7 +149,8 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
         signal = replace(signal, advantages=signal.advantages - taken["advantage"])
     if settings.update.non_finite_logprobs == "reject":
         signal = replace(signal, keep=signal.keep & known)
-    coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef}
+    coef = {"kl": state.kl.coef, "value": settings.update.value_coef, "entropy": settings.update.entropy_coef,
+            "expert_balance": settings.update.expert_balance_coef}
     schedule = Schedule(settings.update.steps_per_rollout, settings.update.epochs, (settings.seed, step, 2),
                         settings.update.max_kl)
     with phases("update"):

@@ -16,8 +16,9 @@ from posttrain.batching import StepData, coarsest, counts_of, cut, plan_by_group
 from posttrain.comm import Comm
 from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
 from posttrain.errors import ConfigError, Diverged, MemoryExhausted
+from posttrain.experts import expert_load
 from posttrain.loss import SHARED, Sum
-from posttrain.protocols import Batching, GradientCombiner, Learner
+from posttrain.protocols import Batching, GradientCombiner, Learner, Output
 from posttrain.steps import Annotations
 
 
@@ -94,6 +95,9 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     unrouted = replace(rollouts, routes=None)  # a critic has experts of its own, if any
     data = [StepData(unrouted if i else rollouts, keep, per_action(t.objective.weights(counts), keep, correction),
                      columns) for i, t in enumerate(trained)]
+    if Output.EXPERT_LOAD in trained[0].objective.outputs:
+        token_weight, load = expert_load(rollouts, keep, comm)
+        data[0] = replace(data[0], token_weight=token_weight, constants={Output.EXPERT_LOAD: load})
     units = units_of(rollouts, keep, coarsest(t.objective.unit for t in trained))
     costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
     groups = np.array([rollouts.group[u[0]] for u in units])

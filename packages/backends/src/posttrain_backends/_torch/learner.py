@@ -44,7 +44,8 @@ HEAD_FILES: Mapping[str, str] = {"value_head": files.VALUE_HEAD, "action_value_h
 learner and not to the model."""
 _MADE_WITH: Mapping[Output, str] = {
     Output.VALUES: "value head", Output.ACTION_VALUES: "action-value head",
-    Output.EXPECTED_ACTION_VALUES: "action-value head", Output.REFERENCE_KL: "comparison with a reference"}
+    Output.EXPECTED_ACTION_VALUES: "action-value head", Output.REFERENCE_KL: "comparison with a reference",
+    Output.EXPERT_LOAD: "load of a mixture of experts"}
 """Outputs that a model gives only where something was asked for, and that in words."""
 _COUNTERS = ("version", "bad_steps", "steps")
 """Entries of `state` that are single numbers."""
@@ -66,14 +67,16 @@ class _Actions:
     """[N] the id of each action."""
     last: Tensor
     """[E] the last token of each episode; [0] where nobody asks for it."""
-    copies: np.ndarray
-    """[U] the given tokens that each stands for."""
+    place: np.ndarray
+    """[M] where each given token is among those computed; -1 where it is not."""
     routes: Routes
     """The experts that are replayed; it is told the others."""
 
 
 _AT_THE_END = frozenset({Output.BOOTSTRAP_VALUES, Output.EXPECTED_ACTION_VALUES})
 """Outputs that say something of the state after each episode's last token."""
+_TRAINING_ONLY = frozenset({Output.EXPERT_LOAD})
+"""Outputs that look at a whole optimiser step."""
 _SCORING_ONLY = frozenset({Output.EXPECTED_ACTION_VALUES})
 """Outputs without a gradient."""
 
@@ -166,23 +169,33 @@ class TorchLearner:
         return _to_host(out)
 
     def _actions(self, tokens: Array, offsets: np.ndarray, source: Array, last: Array, outputs: frozenset[Output],
-                 routes: np.ndarray | None = None) -> _Actions:
+                 routes: np.ndarray | None = None, load: np.ndarray | None = None) -> _Actions:
         """Actions at `source` of tokens whose sequences begin at `offsets`, and the least that must be computed."""
         tokens, before = np.asarray(tokens), np.asarray(source) - 1
         ends = np.asarray(last)[:len(last) if outputs & _AT_THE_END else 0]
         need = computed(tokens, offsets, np.concatenate([before, ends]), self.device,
                         shared=self.trunk.shares_prompts, routes=routes)
         return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
-                        self._ids(tokens[before + 1]), self._ids(need.place[ends]),
-                        np.bincount(need.place[need.place >= 0], minlength=len(need.kept)),
-                        self._replayed(routes, need.kept))
+                        self._ids(tokens[before + 1]), self._ids(need.place[ends]), need.place,
+                        self._routes(None if routes is None else routes[need.kept], load))
 
-    def _replayed(self, routes: np.ndarray | None, kept: np.ndarray) -> Routes:
-        """Those of the tokens that are computed; a model without experts has none to replay."""
-        if routes is None or self._routed is None:
+    def _routes(self, routes: np.ndarray | None, load: np.ndarray | None) -> Routes:
+        """Of the tokens that are computed, with the load [L, E] of a step; a model without experts has none."""
+        if self._routed is None:
             return Routes()
-        return replayed(routes[kept], self._routed.mixtures, self._routed.experts, self._routed.experts_per_token,
-                        self.device)
+        layers, E = self._routed.mixtures, self._routed.experts
+        given = {} if routes is None else replayed(routes, layers, E, self._routed.experts_per_token, self.device)
+        if load is None:
+            return Routes(given)
+        shares = np.pad(load, ((0, 0), (0, E - load.shape[1])))  # experts behind the last one in use have none
+        return Routes(given, dict(zip(layers, torch.from_numpy(shares).to(self.device, self._dtype), strict=True)))
+
+    def _expert_load(self, actions: _Actions) -> Tensor:
+        """[M] see `Output.EXPERT_LOAD`; 0 of tokens that are not computed."""
+        assert self._routed is not None
+        agreement = torch.stack([actions.routes.agreement[layer] for layer in self._routed.mixtures])
+        none = agreement.new_zeros(1)
+        return torch.cat([agreement.mean(dim=0) * self._routed.experts, none])[self._ids(actions.place)]
 
     def _hidden(self, actions: _Actions) -> Tensor:
         """[U, H]"""
@@ -213,7 +226,8 @@ class TorchLearner:
             bootstrap_values=self._values(last) if Output.BOOTSTRAP_VALUES in outputs else None,
             action_values=chosen_action_values(before, *self._action_value_matrices(), actions.chosen)
             if Output.ACTION_VALUES in outputs else None,
-            expected_action_values=expected, expected_bootstrap_values=expected_last)
+            expected_action_values=expected, expected_bootstrap_values=expected_last,
+            aux={Output.EXPERT_LOAD: self._expert_load(actions)} if Output.EXPERT_LOAD in outputs else {})
 
     def _values(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [k, n]."""
@@ -287,7 +301,8 @@ class TorchLearner:
         """Add the gradients of one part to their slots; an empty part adds nothing. Raises `MemoryExhausted`."""
         if self._optimizer is None:
             raise RuntimeError("this model was loaded for scoring (LoadRequest.optimization is None)")
-        self._check_outputs(objective.outputs)
+        has_load = self._routed is not None and Output.EXPERT_LOAD in batch.constants
+        self._check_outputs(objective.outputs - (_TRAINING_ONLY if has_load else frozenset()))
         if constant := objective.outputs & _SCORING_ONLY:
             raise ConfigError([f"{', '.join(sorted(constant))} carry no gradient; they come from scoring alone, and no "
                                f"objective can ask for them ({type(objective).__name__} does)"])
@@ -301,7 +316,8 @@ class TorchLearner:
                 return Metrics()
             offsets = offsets_of_tokens(batch.sequence, batch.positions)
             reference = self._reference_at(batch.tokens, offsets, batch.source, objective.outputs)
-            actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs, batch.routes)
+            actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs, batch.routes,
+                                    batch.constants.get(Output.EXPERT_LOAD))
             out = self._outputs(actions, objective.outputs, batch.temperature, reference)
             loss = objective(ops_of(out.logprobs), out, self._on_device(replace(batch, routes=None)), coef)
             self._backward(_by_slot(loss))
@@ -324,7 +340,7 @@ class TorchLearner:
         """Add the tokens that each expert of each layer was sent."""
         if self._routed is None:
             return
-        copies = torch.from_numpy(actions.copies).to(self.device)
+        copies = self._ids(np.bincount(actions.place[actions.place >= 0]))  # tokens that each computed one stands for
         for layer in self._routed.mixtures:
             ids = actions.routes.chosen[layer]
             here = copies.new_zeros(self._routed.experts).index_add_(0, ids.flatten(), copies.repeat_interleave(

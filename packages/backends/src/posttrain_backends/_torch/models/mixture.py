@@ -28,12 +28,14 @@ class Routes:
     """The experts that each token of one forward pass goes to, by layer.
 
     Those `given` (layer -> [M, k], -1 where the router is free) are replayed, the others noted when they are chosen.
-    What is noted holds: a layer that is computed anew for its gradients takes the same experts.
+    What is noted holds: a layer that is computed anew for its gradients takes the same experts. With the `load` of
+    layers (layer -> [E] shares f_e) the routers' agreement with it is noted, too: layer -> [M] sum_e f_e p_e.
     """
 
-    def __init__(self, given: Mapping[int, Tensor] | None = None) -> None:
-        self._given = given or {}
+    def __init__(self, given: Mapping[int, Tensor] | None = None, load: Mapping[int, Tensor] | None = None) -> None:
+        self._given, self._load = given or {}, load or {}
         self.chosen: dict[int, Tensor] = {}
+        self.agreement: dict[int, Tensor] = {}
 
     def of(self, layer: int, scores: Tensor, k: int) -> Tensor:
         """[M, k] expert ids of a layer whose router scored the experts [M, E]."""
@@ -41,6 +43,8 @@ class Routes:
             best = scores.detach().topk(k, dim=-1).indices
             given = self._given.get(layer)
             self.chosen[layer] = best if given is None else torch.where(given >= 0, given, best)
+        if layer in self._load:  # also in a layer that is computed anew, whose operations must be the same
+            self.agreement.setdefault(layer, scores @ self._load[layer])
         return self.chosen[layer]
 
     def joined(self) -> Tensor:
@@ -57,9 +61,10 @@ def recorded(joined: Tensor, experts: int) -> np.ndarray:
     return joined.cpu().numpy().astype(np.uint8 if experts < np.iinfo(np.uint8).max else np.uint16)
 
 
-def replayed(routes: np.ndarray, layers: Sequence[int], experts: int, k: int, device: torch.device) -> Routes:
-    """What is `recorded` [M, L, k], for a model whose `layers` choose k of so many experts. Raises `ConfigError` where
-    it is of another model."""
+def replayed(routes: np.ndarray, layers: Sequence[int], experts: int, k: int,
+             device: torch.device) -> dict[int, Tensor]:
+    """What is `recorded` [M, L, k], as `Routes` are given it, for a model whose `layers` choose k of so many experts.
+    Raises `ConfigError` where it is of another model."""
     ids = routes.astype(np.int64)
     ids[routes == np.iinfo(routes.dtype).max] = -1
     if ids.shape[1:] != (len(layers), k) or ids.max(initial=-1) >= experts:
@@ -67,7 +72,7 @@ def replayed(routes: np.ndarray, layers: Sequence[int], experts: int, k: int, de
             [f"the rollouts hold {ids.shape[2]} experts a token in {ids.shape[1]} layers, numbered up to "
              f"{ids.max(initial=-1)}; the policy chooses {k} of {experts} in {len(layers)} layers"],
             next_step="Draw with the policy's own model, or train without its routes: Rollouts.routes=None.")
-    return Routes(dict(zip(layers, torch.from_numpy(ids).to(device).unbind(1))))
+    return dict(zip(layers, torch.from_numpy(ids).to(device).unbind(1)))
 
 
 class Experts(nn.Module):
