@@ -23,6 +23,7 @@ from posttrain_backends._torch import learner  # after the check that the librar
 from posttrain_backends._torch.head import Readout, compared_logprobs
 from posttrain_backends.engines import Batched
 from posttrain_backends.hf import HF, Lora
+from posttrain_backends.ssm import SSM
 from posttrain_backends.torch_native import Torch
 
 torch.set_num_threads(1)
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 V = 8
 NATIVE = Torch(hidden_size=8, layers=1, heads=2, kv_heads=1, intermediate_size=8, max_positions=32, device="cpu")
+STATES = SSM(hidden_size=8, layers=1, state_size=4, head_dim=8, chunk_size=4, device="cpu")
 SIZES = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 32}
 """Of the model in the folder `tiny`."""
@@ -70,6 +72,14 @@ def test_a_wrong_comparison_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) 
     assert [name for name, _ in failures(TestTorch, NATIVE, only=test)] == [test]
 
 
+class TestSSM(BackendContract):
+    components = (STATES, replace(STATES, layers=2, groups=2, precision="float64"),
+                  replace(STATES, tied_embeddings=True, gradient_checkpointing=True, head_chunk=3))
+
+    def reloaded(self, component: SSM, folder: Path) -> SSM:
+        return SSM(weights=str(folder), device="cpu", precision=component.precision)
+
+
 class TestHF(BackendContract):
     components = (HF(weights="tiny", device="cpu"),)
     seeded = False
@@ -89,6 +99,11 @@ class TestBatched(EngineContract):
     components = (Batched(), Batched(slots=3, prefill_tokens=5), Batched(cache_tokens=40))
     backend = NATIVE
     max_positions = 32
+
+
+class TestBatchedOnSSM(EngineContract):
+    components = (Batched(), Batched(slots=3, prefill_tokens=5))
+    backend = STATES
 
 
 class TestBatchedOnHF(EngineContract):

@@ -35,7 +35,7 @@ class Batched:
     """Answers decoded at once; 0 decodes all of a rollout at once."""
     cache_tokens: int = 0
     """Most tokens that keys and values are kept of: fewer answers at once where that is less than answers times the
-    longest prompt and answer. 0 does not limit."""
+    longest prompt and answer. 0 does not limit. A state-space model keeps none of them; `slots` limits its states."""
     prefill_tokens: int = 8192
     """Most prompt tokens of one forward pass; a single longer prompt is still one pass."""
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _MIXTURES = frozenset({"qwen2_moe", "qwen3_moe"})
 """Families of new models that have experts."""
-_PADDED_TO = 64
-"""Published models may have a few embeddings more than tokens, up to a multiple of this (Qwen: of 128)."""
 
 
 @final
@@ -170,16 +168,12 @@ class Torch:
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes and traits of the decoder, from the folder of weights where there is one."""
         from posttrain_backends._torch.models.config import read_shape
+        from posttrain_backends._torch.models.files import check_vocabulary
         from posttrain_backends._torch.models.shape import Shape, no_rope_layers
 
         if self.weights:
             shape = read_shape(Path(self.weights))
-            padded = shape.vocab_size % _PADDED_TO == 0 and vocab_size < shape.vocab_size
-            if vocab_size and vocab_size != shape.vocab_size and not padded:
-                raise ConfigError(
-                    [f"policy.weights {self.weights} has a vocabulary of {shape.vocab_size}, the tokenizer needs "
-                     f"{vocab_size}"],
-                    next_step="Take the tokenizer the weights were trained with; token ids would mean something else.")
+            check_vocabulary(Path(self.weights), shape.vocab_size, vocab_size)
             return shape
         if not vocab_size:
             raise ConfigError(["a new torch model needs a tokenizer with a vocabulary, to size its embedding"])

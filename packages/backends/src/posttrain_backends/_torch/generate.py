@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Protocol, final
 
 import numpy as np
@@ -27,7 +28,12 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models.files import copy_named
-from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel, Routed
+from posttrain_backends._torch.models.interface import (
+    CachedLanguageModel,
+    LanguageModel,
+    RecurrentLanguageModel,
+    Routed,
+)
 from posttrain_backends._torch.models.mixture import Routes, recorded
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import (
@@ -69,23 +75,28 @@ class Prefix:
     """[P] int64."""
     hidden: Tensor
     """[H] at the last token."""
-    keys: list[Tensor]
-    """Per layer [P, kv_heads, D]; no layers where the model has no cache."""
-    values: list[Tensor]
+    past: Past
+    """What the model remembers of it."""
     routes: Tensor | None
     """[P, L, k] int16, the experts of its tokens where the model has some."""
 
 
-Forward = Callable[[Tensor, Layout], tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]]
-"""[M] ragged tokens -> hidden [M, H], per layer keys and values [M, kv_heads, D], and experts [M, L, k]."""
+Past = Sequence[Tensor]
+"""Of one prompt: the keys of all layers and then their values, [P, kv_heads, D] each; of a recurrent model all windows
+and then all states, without their axis of rows; nothing where a model remembers nothing."""
 
 
 class Rows(Protocol):
     """The pasts of the rows that are decoded together."""
 
     @property
-    def forward(self) -> Forward:
-        """How prompts are read."""
+    def prompts_at_once(self) -> int:
+        """Most prompts whose pasts may wait beside the rows."""
+        ...
+
+    def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], Tensor | None]:
+        """[M] ragged tokens of prompts -> hidden [M, H], the past of each prompt, and the experts of each token,
+        [M, L, k] int16, where the model has some."""
         ...
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
@@ -117,19 +128,20 @@ class CachedRows:
         self._routes = torch.zeros(rows, columns, layers, k, dtype=torch.int16, device=self._device)
 
     @property
-    def forward(self) -> Forward:
-        return self._read
+    def prompts_at_once(self) -> int:
+        return sys.maxsize  # they are as long as what is read together
 
-    def _read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
-        if self._routed is None:
-            return *self._model.prefill(tokens, layout), None
+    def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], Tensor | None]:
         told = Routes()
-        return *self._routed.prefill(tokens, layout, told), told.joined()
+        hidden, keys, values = self._model.prefill(tokens, layout) if self._routed is None else \
+            self._routed.prefill(tokens, layout, told)
+        parts = [slice(int(a), int(b)) for a, b in pairwise(layout.offsets)]
+        pasts: list[Past] = [[x[part] for x in (*keys, *values)] for part in parts]
+        return hidden, pasts, None if self._routed is None else told.joined()
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         where = torch.from_numpy(rows).to(self._device)
-        layers = zip((*self._cache.keys, *self._cache.values), (*prefix.keys, *prefix.values), strict=True)
-        for cached, read in layers:
+        for cached, read in zip((*self._cache.keys, *self._cache.values), prefix.past, strict=True):
             same = read.transpose(0, 1).to(cached.dtype).expand(len(rows), -1, -1, -1)
             cached[:, :, :len(read)].index_copy_(0, where, same)
         if prefix.routes is not None:
@@ -160,6 +172,40 @@ class CachedRows:
 
 
 @final
+class RecurrentRows:
+    """Pasts as states, of one size however long they are."""
+
+    def __init__(self, model: RecurrentLanguageModel, rows: int) -> None:
+        self._model, self._cache, self._rows = model, model.new_states(rows), rows
+        self._device = model.output_weight.device
+
+    @property
+    def prompts_at_once(self) -> int:
+        return self._rows  # a short prompt's state is as large as a row's
+
+    def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
+        hidden, cache = self._model.read(tokens, layout)
+        return hidden, [[x[i] for x in cache.tensors] for i in range(len(layout.last))], None
+
+    def start(self, rows: np.ndarray, prefix: Prefix) -> None:
+        where = torch.from_numpy(rows).to(self._device)
+        for cached, read in zip(self._cache.tensors, prefix.past, strict=True):
+            cached.index_copy_(0, where, read.to(cached.dtype).expand(len(rows), *read.shape))
+
+    def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        rows = None if len(tokens) == self._rows else slice(0, len(tokens))
+        return self._model.step(torch.from_numpy(tokens).to(self._device), self._cache, rows)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
+        for layer in self._cache.tensors:
+            layer.index_copy_(0, t, layer.index_select(0, s))
+
+    def routes(self, row: int, length: int) -> None:
+        return None
+
+
+@final
 class RecomputedRows:
     """Pasts as tokens, for models without a cache: every step reads all of them anew."""
 
@@ -168,8 +214,11 @@ class RecomputedRows:
         self._device = model.output_weight.device
 
     @property
-    def forward(self) -> Forward:
-        return lambda tokens, layout: (self._model.hidden(tokens, layout), [], [], None)
+    def prompts_at_once(self) -> int:
+        return sys.maxsize
+
+    def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
+        return self._model.hidden(tokens, layout), [()] * len(layout.last), None
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         self._tokens[rows, :len(prefix.tokens)] = prefix.tokens
@@ -188,16 +237,24 @@ class RecomputedRows:
         return None
 
 
+def rows_for(model: LanguageModel, rows: int, columns: int) -> Rows:
+    """As many rows of up to `columns` tokens, with the past that the model has."""
+    if isinstance(model, CachedLanguageModel):
+        return CachedRows(model, rows, columns)
+    return RecurrentRows(model, rows) if isinstance(model, RecurrentLanguageModel) else \
+        RecomputedRows(model, rows, columns)
+
+
 @final
 class Prefixes:
     """Distinct prompts in the order of their use: each read once, together with those that follow it up to a budget of
     tokens, and forgotten when its last answer has begun."""
 
-    def __init__(self, prompts: Sequence[tuple[int, ...]], uses: np.ndarray, budget: int, forward: Forward,
+    def __init__(self, prompts: Sequence[tuple[int, ...]], uses: np.ndarray, budget: int, rows: Rows,
                  device: torch.device) -> None:
         self._prompts = [np.array(ids, np.int64) for ids in prompts]
         self._offsets = offsets_of(np.array([len(ids) for ids in prompts]))
-        self._uses, self._budget, self._forward, self._device = uses.copy(), budget, forward, device
+        self._uses, self._budget, self._rows, self._device = uses.copy(), budget, rows, device
         self._read: dict[int, Prefix] = {}
         self.count = 0
         """Prompts read so far."""
@@ -214,17 +271,15 @@ class Prefixes:
     def _read_next(self) -> None:
         first = self.count
         fitting = int(np.searchsorted(self._offsets, self._offsets[first] + self._budget, side="right")) - 1
-        last = max(first + 1, fitting)
+        last = max(first + 1, min(fitting, first + self._rows.prompts_at_once))
         offsets = self._offsets[first:last + 1] - self._offsets[first]
         layout = Layout.from_offsets(offsets, self._device)
         flat = torch.from_numpy(np.concatenate(self._prompts[first:last])).to(self._device)
-        hidden, keys, values, routes = self._forward(flat, layout)
-        ends = hidden[layout.last]
-        for i in range(last - first):
+        hidden, pasts, routes = self._rows.read(flat, layout)
+        for i, (end, past) in enumerate(zip(hidden[layout.last], pasts, strict=True)):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             self._read[first + i] = Prefix(
-                self._prompts[first + i], ends[i], [k[part] for k in keys], [v[part] for v in values],
-                None if routes is None else routes[part])
+                self._prompts[first + i], end, past, None if routes is None else routes[part])
         self.count, self.tokens = last, self.tokens + len(flat)
 
 
@@ -352,7 +407,8 @@ class TorchSampler:
                  stops: StopStrings) -> list[Answer]:
         """Draw with as many rows as are allowed; where memory runs out, anew with half of them, and from then on."""
         columns = max(map(len, encoded)) + sampling.max_new_tokens
-        allowed = max(1, self._engine.cache_tokens // columns) if self._engine.cache_tokens else sys.maxsize
+        limit = 0 if isinstance(self._model, RecurrentLanguageModel) else self._engine.cache_tokens
+        allowed = max(1, limit // columns) if limit else sys.maxsize
         rows = min(len(encoded), self._most_rows, allowed)
         while True:
             try:
@@ -373,10 +429,8 @@ class TorchSampler:
         number = {ids: i for i, ids in enumerate(dict.fromkeys(encoded))}
         prompt_of = np.array([number[ids] for ids in encoded])
         with model.autocast():
-            rows: Rows = (CachedRows(model, size, columns) if isinstance(model, CachedLanguageModel)
-                          else RecomputedRows(model, size, columns))
-            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._engine.prefill_tokens, rows.forward,
-                                weight.device)
+            rows = rows_for(model, size, columns)
+            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._engine.prefill_tokens, rows, weight.device)
             decoding = Decoding(prompt_of, prefixes, rows, partial(F.linear, weight=weight), size, sampling, seed,
                                 self._tokenizer.eos, stops)
             answers = decoding.run()

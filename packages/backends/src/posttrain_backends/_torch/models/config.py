@@ -28,6 +28,8 @@ _TRAITS = frozenset({"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_la
 """Keys that some families know and the others ignore."""
 _NATIVE: Mapping[str, object] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
 """Keys that change the model, and the one value the native decoder computes."""
+_OTHER_BACKENDS: Mapping[object, str] = {"mamba2": "ssm"}
+"""model_type -> the native backend that computes it."""
 
 Config = Mapping[str, Any]
 """A file's keys in one mapping, without those that are null."""
@@ -55,8 +57,9 @@ def read_shape(folder: Path) -> Shape:
         raise ConfigError([f"{folder} holds no {CONFIG}"], next_step=NO_FOLDER)
     config = _flat(json.loads(path.read_text(encoding="utf-8")))
     if problems := list(_problems(config)):
+        backend = _OTHER_BACKENDS.get(config.get("model_type"), "hf")
         raise ConfigError(problems, title=f"{path} describes a model the torch backend does not compute:",
-                          next_step=f"Use policy: {{use: hf, weights: {folder}}} for it.")
+                          next_step=f"Use policy: {{use: {backend}, weights: {folder}}} for it.")
     return _shape(config)
 
 

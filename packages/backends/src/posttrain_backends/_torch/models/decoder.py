@@ -30,7 +30,7 @@ from posttrain_backends._torch.models.feedforward import (
     joined_bias,
     side_by_side,
 )
-from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
+from posttrain_backends._torch.models.files import copy_named, drop_tied, read_weights, write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mixture import Routes
@@ -194,11 +194,8 @@ class Decoder(nn.Module):
     def load(self, folder: Path) -> None:
         """Take the weights of a folder, in whatever type they are. Raises `ConfigError` where they do not fit."""
         weights = {name: tensor for name, tensor in read_weights(folder).items() if not name.endswith(_DERIVED)}
-        again = weights.pop(OUTPUT, None) if self.shape.tie_word_embeddings else None
-        if again is not None and not torch.equal(again, weights.get(EMBEDDING, again)):
-            raise ConfigError([f"{folder} ties the output matrix to the embedding (tie_word_embeddings), but "
-                               f"{OUTPUT} and {EMBEDDING} differ"],
-                              next_step="Set tie_word_embeddings to false in its config.json to take both.")
+        if self.shape.tie_word_embeddings:
+            drop_tied(weights, OUTPUT, EMBEDDING, folder)
         copy_named(weights.items(), self.state_dict(), f"policy.weights {folder}")
 
     def prefill(self, tokens: Tensor, layout: Layout,

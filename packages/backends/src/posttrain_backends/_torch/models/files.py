@@ -1,6 +1,6 @@
 """Model folders: safetensors under Hugging Face names, and `config.json`. Knows no model and no learner.
 
-A folder of the native decoder is a Hugging Face folder of its family and the other way round. Nothing is unpickled.
+A folder of a native model is a Hugging Face folder of its family and the other way round. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder of a Llama, Mixtral, Qwen2, "
-             "Qwen3 or SmolLM model with safetensors.")
+NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder with safetensors of a Llama, "
+             "Mixtral, Qwen2, Qwen3 or SmolLM model (use: torch) or of a Mamba-2 model (use: ssm).")
+_PADDED_TO = 64
+"""Published models may have a few embeddings more than tokens, up to a multiple of this (Qwen: of 128)."""
 VALUE_HEAD, ACTION_VALUE_HEAD = "value_head.safetensors", "action_value_head.safetensors"
 """Of a learner, beside the model's own files."""
 
@@ -38,6 +40,25 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ConfigError([f"{folder} holds neither {WEIGHTS} nor {INDEX}"], next_step=NO_FOLDER)
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def drop_tied(weights: dict[str, Tensor], output: str, embedding: str, folder: Path) -> None:
+    """Take the output matrix out of a folder's weights where it is the embedding. Raises `ConfigError` where it is
+    not."""
+    again = weights.pop(output, None)
+    if again is not None and not torch.equal(again, weights.get(embedding, again)):
+        raise ConfigError([f"{folder} ties the output matrix to the embedding (tie_word_embeddings), but {output} and "
+                           f"{embedding} differ"],
+                          next_step="Set tie_word_embeddings to false in its config.json to take both.")
+
+
+def check_vocabulary(folder: Path, has: int, needs: int) -> None:
+    """Raise `ConfigError` where a folder's model of `has` tokens is not one for a tokenizer of `needs`, 0 for any."""
+    padded = has % _PADDED_TO == 0 and needs < has
+    if needs and needs != has and not padded:
+        raise ConfigError(
+            [f"policy.weights {folder} has a vocabulary of {has}, the tokenizer needs {needs}"],
+            next_step="Take the tokenizer the weights were trained with; token ids would mean something else.")
 
 
 def read_head(folder: Path, file: str) -> dict[str, Tensor]:

@@ -45,6 +45,22 @@ class KVCache:
             self.values[layer][rows, :, positions] = v.to(self.values[layer].dtype)
 
 
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class StateCache:
+    """What a recurrent model keeps of B rows: of one size however long they are, allocated once."""
+
+    windows: list[Tensor]
+    """Per layer [B, K-1, E] the last inputs of its convolution, the newest last."""
+    states: list[Tensor]
+    """Per layer [B, heads, P, N] the state of its recurrence."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, [B, ...] each."""
+        return [*self.windows, *self.states]
+
+
 class Trunk(Protocol):
     """Hidden states of flat ragged tokens, each from the tokens up to it."""
 
@@ -162,6 +178,24 @@ class Routed(CachedLanguageModel, Protocol):
                 routes: Routes | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]: ...
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None,
                routes: Routes | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class RecurrentLanguageModel(LanguageModel, Protocol):
+    """A language model that can continue from a state, which does not grow with the tokens it has read."""
+
+    def new_states(self, rows: int) -> StateCache:
+        """The states of rows that have read nothing, of the model's own shape, type and device."""
+        ...
+
+    def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, StateCache]:
+        """[M] -> hidden [M, H], and the state that each of the S sequences, none of them empty, ends with."""
+        ...
+
+    def step(self, tokens: Tensor, cache: StateCache, rows: slice | None = None) -> Tensor:
+        """One token [B] per row of the cache -> hidden [B, H]; the row's state moves on in place. `rows` names the
+        cache rows where they are not all."""
+        ...
 
 
 Precision = Literal["float32", "bf16", "float64"]
