@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from posttrain_backends._torch import learner  # after the check that the libraries are there
-from posttrain_backends._torch.head import Readout, compared_logprobs
+from posttrain_backends._torch.head import Readout, compared_logprobs, walk
 from posttrain_backends.engines import Batched
 from posttrain_backends.hf import HF, Lora
 from posttrain_backends.ssm import SSM
@@ -69,6 +69,21 @@ WRONG_COMPARISONS: Mapping[str, Callable[..., Any]] = {
 def test_a_wrong_comparison_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test = "test_the_kl_to_a_reference_is_that_of_the_vocabulary"
     monkeypatch.setattr(learner, "compared_logprobs", WRONG_COMPARISONS[bug])
+    monkeypatch.setattr(learner, "takes_one_pass", lambda objective: False)
+    assert [name for name, _ in failures(TestTorch, NATIVE, only=test)] == [test]
+
+
+WRONG_WALKS: Mapping[str, Callable[..., Any]] = {
+    "the reference at another temperature": lambda *given, temperature, reference, **how: walk(
+        *given, temperature=temperature, reference=reference and replace(
+            reference, hidden=temperature * reference.hidden), **how),
+    "no gradient": lambda *given, d_weight, **how: (walk(*given, **how)[0], None)}
+
+
+@pytest.mark.parametrize("bug", WRONG_WALKS)
+def test_a_wrong_comparison_in_one_pass_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = "test_the_kl_to_a_reference_is_that_of_the_vocabulary"
+    monkeypatch.setattr(learner, "walk", WRONG_WALKS[bug])
     assert [name for name, _ in failures(TestTorch, NATIVE, only=test)] == [test]
 
 

@@ -2,15 +2,17 @@
 the KL to another model over the whole vocabulary, action values of chosen tokens, and action values averaged under the
 policy.
 
-Rows go through the output matrix in chunks; the backward pass computes each chunk's logits anew (8NHV operations where
-logits in memory would need 6NHV), so the peak is one kept chunk and its gradient instead of several [N, V] arrays.
-A model to compare with adds 4NHV, its own logits forwards and anew backwards, and two arrays of one chunk.
+Rows go through the output matrix in chunks, and the gradient of a chunk's logits takes their place. `walk` forms it
+while they exist, so a step costs what logits in memory would, 6NHV operations; it needs a loss that is a sum over rows.
+`chosen_logprobs` and `compared_logprobs` are differentiated by autograd, whatever the loss: the backward pass computes
+each chunk's logits anew, 8NHV, and the last chunk is kept. A model to compare with adds the product of its own logits,
+once or twice, and one array of one chunk. Rows whose gradient is zero take part in no product of the gradient.
 Knows no model and no loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_CELLS: Mapping[str, int] = {"cpu": 2**22, "cuda": 2**27}
-"""Logits of one chunk by device type: a chunk that stays near the cache there, and one that fills the device here."""
+from posttrain_backends._torch.logits import Reading, Slopes, read, write_gradient
+
+CHUNK_CELLS: Mapping[str, int] = {"cpu": 2**23, "cuda": 2**27}
+"""Logits of one chunk by device type: every chunk reads the output matrix and its gradient once more, so fewer rows
+cost time, and more of them memory."""
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Rows of one chunk where the user leaves them open."""
-    return max(1, CHUNK_CELLS.get(device.type, 2**22) // vocab_size)
+    return max(1, CHUNK_CELLS.get(device.type, 2**23) // vocab_size)
 
 
 @final
@@ -50,7 +55,7 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, *, temperatu
     rows = rows or chunk_rows(len(weight), weight.device)
     logprobs, entropies, _ = _ChosenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype, None, None, None)
-    return logprobs, entropies if entropy else None
+    return logprobs, entropies
 
 
 def compared_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, reference: Readout, *, temperature: float = 1.0,
@@ -60,13 +65,13 @@ def compared_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, reference:
     vocabulary, q = softmax(reference.hidden @ reference.weight.T / temperature).
 
     The KL [N] is differentiable in `hidden` and `weight` as the others are, and in nothing of the reference. Beside
-    what the others need, log p - log q of one chunk is kept, and one more chunk exists for a time.
+    what the others need, the reference's logits of one chunk are kept, and those of one more exist for a time.
     """
     rows = rows or chunk_rows(len(weight), weight.device)
     logprobs, entropies, kl = _ChosenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype,
         reference.hidden, reference.weight, reference.compute)
-    return logprobs, entropies if entropy else None, kl
+    return logprobs, entropies, kl
 
 
 def chosen_action_values(hidden: Tensor, q_weight: Tensor, q_bias: Tensor, chosen: Tensor) -> Tensor:
@@ -100,102 +105,136 @@ def expected_values(hidden: Tensor, weight: Tensor, q_weight: Tensor, q_bias: Te
     """
     rows = rows or chunk_rows(len(weight), weight.device)
     exact = torch.promote_types(weight.dtype, torch.float32)
-    matrix = weight.to(compute or weight.dtype)
     expected = torch.empty(len(q_weight), len(hidden), dtype=q_weight.dtype, device=hidden.device)
-    p = torch.empty(0)
-    for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
-        del p  # before the next chunk exists
-        p = _log_softmax(hidden[part], matrix, temperature, exact).exp_().to(q_weight.dtype)
+    for part, z in _logits(hidden, weight.to(compute or weight.dtype), _parts(len(hidden), rows)):
+        p = torch.softmax(z.to(exact) / temperature if temperature != 1.0 else z.to(exact), -1).to(q_weight.dtype)
         state = hidden[part].to(q_weight.dtype)
         for j, (W, b) in enumerate(zip(q_weight, q_bias)):
             expected[j, part] = torch.linalg.vecdot(p @ W, state) + p @ b
     return expected
 
 
-class _ChosenLogProbs(torch.autograd.Function):
-    """With z the logits of a row over the temperature, l = z - logsumexp(z), p = exp(l), q the reference's
-    probabilities, d = l - log q, H = -sum(p l), K = sum(p d), c chosen:
+LossOfRows = Callable[[slice, Reading], Slopes]
+"""Some rows and what was read of them -> the gradient, in that, of a loss that is a sum over rows."""
 
-    d l_c / d z_j = [j = c] - p_j, d H / d z_j = -p_j (l_j + H) and d K / d z_j = p_j (d_j - K).
+
+@torch.no_grad()
+def walk(hidden: Tensor, weight: Tensor, chosen: Tensor, loss: LossOfRows, *, d_weight: Tensor | None = None,
+         reference: Readout | None = None, temperature: float = 1.0, rows: int = 0, entropy: bool = False,
+         compute: torch.dtype | None = None) -> tuple[Reading, Tensor | None]:
+    """What `compared_logprobs` says of all rows, and the gradient in `hidden` of a loss that is a sum over rows, in one
+    pass: `loss` is asked about a chunk while its logits exist, so they are computed once.
+
+    -> [N] each, and [N, H]: None where `hidden` needs none, and where it is zero in all rows. The gradient in `weight`
+    is added to `d_weight` [V, H], where that is given. Peak memory beside these is one chunk of logits, with a
+    reference two, in the type they are multiplied in.
     """
+    rows, readings, found = rows or chunk_rows(len(weight), weight.device), [], False
+    gradients = _Gradients(hidden, weight.to(compute or weight.dtype), chosen, temperature,
+                           torch.zeros_like(hidden) if hidden.requires_grad else None, d_weight)
+    for part, z, z_ref in _chunks(hidden, gradients.matrix, reference, _parts(len(hidden), rows)):
+        reading = read(z, chosen[part], temperature, entropy=entropy, reference=z_ref)
+        readings.append(reading)
+        found |= gradients.add(part, z, z_ref, reading, loss(part, reading))
+    return Reading.concat(readings), gradients.d_hidden if found else None
+
+
+class _ChosenLogProbs(torch.autograd.Function):
+    """What `read` says, with the gradient of `write_gradient`, of logits that are computed in chunks."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, chosen: Tensor, temperature: float, rows: int, entropy: bool,
                 compute: torch.dtype, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-                ref_compute: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        N = len(hidden)
-        logprobs, entropies, kl = (torch.empty(n, dtype=exact, device=hidden.device) for n in (
-            N, N if entropy else 0, N if ref_hidden is not None else 0))
-        matrix, ref_matrix = weight.to(compute), None if ref_weight is None else ref_weight.to(ref_compute)
-        log_p = log_ratio = torch.empty(0)
-        for start in range(0, N, rows):
-            part = slice(start, start + rows)
-            del log_p, log_ratio  # before the next chunk exists
-            log_p, log_ratio = _log_softmax(hidden[part], matrix, temperature, exact), torch.empty(0)
-            logprobs[part] = log_p.gather(1, chosen[part, None])[:, 0].clamp_max_(0.0)
-            if entropy:
-                entropies[part] = -torch.linalg.vecdot(log_p.exp(), log_p)
-            if ref_hidden is not None and ref_matrix is not None:
-                log_ratio = _log_ratio(log_p, ref_hidden[part], ref_matrix, temperature)
-                kl[part] = torch.linalg.vecdot(log_p.exp(), log_ratio)
-        ctx.save_for_backward(  # the last chunk is kept, so one never recurs
-            hidden, weight, chosen, entropies, kl, log_p, log_ratio, ref_hidden, ref_weight)
+                ref_compute: torch.dtype | None) -> tuple[Tensor | None, ...]:
         ctx.temperature, ctx.rows, ctx.compute, ctx.ref_compute = temperature, rows, compute, ref_compute
         ctx.set_materialize_grads(False)
-        return logprobs, entropies, kl
+        reference, readings = _readout(ref_hidden, ref_weight, ref_compute), []
+        for part, z, z_ref in _chunks(hidden, weight.to(compute), reference, _parts(len(hidden), rows)):
+            readings.append(read(z, chosen[part], temperature, entropy=entropy, reference=z_ref))
+        reading = Reading.concat(readings)
+        ctx.save_for_backward(hidden, weight, chosen, ref_hidden, ref_weight, z, z_ref, *reading)
+        return reading.logprobs, reading.entropy, reading.kl
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, chosen, entropies, kl, kept, kept_ratio, ref_hidden, ref_weight = ctx.saved_tensors
-        by_logprob, by_entropy, by_kl = (None if g is None else g[:, None] for g in grads)
-        exact, N = torch.promote_types(weight.dtype, torch.float32), len(hidden)
-        matrix, ref_matrix = weight.to(ctx.compute), ref_weight if by_kl is None else ref_weight.to(ctx.ref_compute)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, N, ctx.rows):
-            part = slice(start, start + ctx.rows)
-            last = start + ctx.rows >= N
-            log_p = kept if last else _log_softmax(hidden[part], matrix, ctx.temperature, exact)
-            slopes = []
-            if by_entropy is not None:
-                slopes.append((log_p + entropies[part, None]).mul_(-by_entropy[part]))
-            if by_kl is not None:
-                log_ratio = kept_ratio.clone() if last else _log_ratio(
-                    log_p, ref_hidden[part], ref_matrix, ctx.temperature)
-                slopes.append(log_ratio.sub_(kl[part, None]).mul_(by_kl[part]))
-                del log_ratio
-            d_logits = _logit_gradient(log_p, chosen[part], None if by_logprob is None else by_logprob[part], slopes)
-            del log_p, slopes
-            d_logits = d_logits.div_(ctx.temperature).to(ctx.compute)
-            if d_hidden is not None:
-                d_hidden[part] = d_logits @ matrix
-            if d_weight is not None:
-                _add_outer(d_weight, d_logits, hidden[part].to(ctx.compute))
-        return d_hidden, d_weight, *[None] * 8
+        hidden, weight, chosen, ref_hidden, ref_weight, last, last_ref, *columns = ctx.saved_tensors
+        reading, by = Reading(*columns), Slopes(*grads)
+        gradients = _Gradients(
+            hidden, weight.to(ctx.compute), chosen, ctx.temperature,
+            torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None,
+            torch.zeros_like(weight) if ctx.needs_input_grad[1] else None)
+        reference = None if by.kl is None else _readout(ref_hidden, ref_weight, ctx.ref_compute)
+        parts = _parts(len(hidden), ctx.rows)
+        # the last chunk was kept, so one never recurs; it is copied, since slots run the backward pass again
+        for part, z, z_ref in _chunks(hidden, gradients.matrix, reference, parts, (last, last_ref)):
+            gradients.add(part, z, z_ref, reading.at(part), by.at(part))
+        return gradients.d_hidden, gradients.d_weight, *[None] * 8
 
 
-def _log_softmax(hidden: Tensor, matrix: Tensor, temperature: float, exact: torch.dtype) -> Tensor:
-    """[C, H] -> log p [C, V]. Only the logits and the result are alive together."""
-    logits = (hidden.to(matrix.dtype) @ matrix.t()).to(exact)
-    return torch.log_softmax(logits.div_(temperature) if temperature != 1.0 else logits, dim=-1)
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """Sums that the gradients of chunks are added to, where somebody needs them, and what they are made from."""
+
+    hidden: Tensor
+    matrix: Tensor
+    chosen: Tensor
+    temperature: float
+    d_hidden: Tensor | None
+    """[N, H], zero in rows that are not there yet."""
+    d_weight: Tensor | None
+    """[V, H]"""
+
+    def add(self, part: slice, z: Tensor, z_ref: Tensor | None, reading: Reading, by: Slopes) -> bool:
+        """Those of the rows `part`, whose logits `z` are used up -> whether any of them is not zero."""
+        slopes = [slope != 0 for slope in by if slope is not None]
+        if not slopes or (self.d_hidden is None and self.d_weight is None):
+            return False
+        # a row that is not finite has no gradient of zero, whatever its slope: it must reach the check of the step
+        alive = torch.stack([~reading.lse.isfinite(), *slopes]).any(0).nonzero()[:, 0]
+        if len(alive) == 0:
+            return False
+        kept = None if len(alive) == len(z) else alive
+        by = Slopes(*(None if slope is None or not bool(slope.any()) else slope for slope in by))
+        hidden = self.hidden[part] if kept is None else self.hidden[part][kept]
+        d_logits = write_gradient(z, self.chosen[part], reading, by, self.temperature, reference=z_ref, kept=kept)
+        if self.d_hidden is not None:
+            self.d_hidden[part][slice(None) if kept is None else kept] = (d_logits @ self.matrix).to(hidden.dtype)
+        if self.d_weight is not None:
+            _add_outer(self.d_weight, d_logits, hidden.to(d_logits.dtype))
+        return True
 
 
-def _log_ratio(log_p: Tensor, ref_hidden: Tensor, ref_matrix: Tensor, temperature: float) -> Tensor:
-    """[C, V], [C, H] -> log p - log q [C, V], in the type of `log_p`, which is left as it is."""
-    return _log_softmax(ref_hidden, ref_matrix, temperature, log_p.dtype).neg_().add_(log_p)
+def _readout(hidden: Tensor | None, weight: Tensor | None, compute: torch.dtype | None) -> Readout | None:
+    return None if hidden is None or weight is None or compute is None else Readout(hidden, weight, compute)
 
 
-def _logit_gradient(log_p: Tensor, chosen: Tensor, by_logprob: Tensor | None, slopes: Sequence[Tensor]) -> Tensor:
-    """[C, V] gradient of the logits from that of the log-prob [C, 1] and from `slopes` [C, V], of which p is left out
-    and which are used up; `log_p` is left as it is."""
-    p = log_p.exp()
-    factor = None if by_logprob is None else -by_logprob
-    for slope in slopes:
-        factor = slope if factor is None else slope.add_(factor)
-    gradient = p.zero_() if factor is None else p.mul_(factor)
-    return gradient if by_logprob is None else gradient.scatter_add_(1, chosen[:, None], by_logprob)
+def _parts(N: int, rows: int) -> list[slice]:
+    """Ranges that make up 0 .. N; one empty range where N is 0."""
+    return [slice(start, min(start + rows, N)) for start in range(0, max(N, 1), rows)]
+
+
+def _chunks(hidden: Tensor, matrix: Tensor, reference: Readout | None, parts: Sequence[slice],
+            last: tuple[Tensor | None, Tensor | None] = (None, None)) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Logits [C, V] of one part after the other, and those of the reference; see `_logits`."""
+    own = _logits(hidden, matrix, parts, last[0])
+    if reference is None:
+        yield from ((part, z, None) for part, z in own)
+    else:
+        others = _logits(reference.hidden, reference.weight.to(reference.compute), parts, last[1])
+        yield from ((part, z, z_ref) for (part, z), (_, z_ref) in zip(own, others))
+
+
+def _logits(hidden: Tensor, matrix: Tensor, parts: Sequence[slice],
+            last: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """hidden[part] @ matrix.T, each in the memory of the one before; of the last part a copy of `last`, if given."""
+    memory = matrix.new_empty(max(part.stop - part.start for part in parts), len(matrix))
+    for part in parts:
+        z = memory[:part.stop - part.start]
+        if last is not None and part is parts[-1]:
+            yield part, z.copy_(last)
+        else:
+            yield part, torch.mm(hidden[part].to(matrix.dtype), matrix.t(), out=z)
 
 
 def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

@@ -23,18 +23,21 @@ from posttrain.ops import ops_of
 from posttrain.protocols import Objective, Optimization, Output, Scorer
 from torch import Tensor, nn
 
+from posttrain_backends._torch import guard
 from posttrain_backends._torch.head import (
     Readout,
     chosen_action_values,
     chosen_logprobs,
     compared_logprobs,
     expected_values,
+    walk,
 )
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.interface import AdaptedLanguageModel, LanguageModel, Routed, Trunk, ValueModel
 from posttrain_backends._torch.models.mixture import Routes, replayed
+from posttrain_backends._torch.one_pass import READ, LossOfChunks, takes_one_pass
 from posttrain_backends._torch.optimizer import NamedAdamW
 from posttrain_backends._torch.sharing import computed
 from posttrain_backends._torch.unadapted import Unadapted
@@ -217,17 +220,31 @@ class TorchLearner:
             logprobs, entropy = chosen_logprobs(
                 before, self.model.output_weight, actions.chosen, temperature=temperature,
                 rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype)
+        if outputs & READ:
+            self._check_head(before, actions.chosen, logprobs, entropy, temperature)
         last = hidden[actions.last]
         expected, expected_last = self._expected_action_values(before, last, temperature) \
             if Output.EXPECTED_ACTION_VALUES in outputs else (None, None)
         return TokenOutputs(
             logprobs=logprobs, entropy=entropy, reference_kl=reference_kl,
-            values=self._values(before) if Output.VALUES in outputs else None,
             bootstrap_values=self._values(last) if Output.BOOTSTRAP_VALUES in outputs else None,
-            action_values=chosen_action_values(before, *self._action_value_matrices(), actions.chosen)
-            if Output.ACTION_VALUES in outputs else None,
             expected_action_values=expected, expected_bootstrap_values=expected_last,
-            aux={Output.EXPERT_LOAD: self._expert_load(actions)} if Output.EXPERT_LOAD in outputs else {})
+            aux={Output.EXPERT_LOAD: self._expert_load(actions)} if Output.EXPERT_LOAD in outputs else {},
+            **self._beside_logits(before, actions.chosen, outputs))
+
+    def _beside_logits(self, before: Tensor, chosen: Tensor, outputs: frozenset[Output]) -> dict[str, Array]:
+        """Outputs of actions that heads other than the output matrix give, [k, N] each, by `TokenOutputs` field."""
+        values = {"values": self._values(before)} if Output.VALUES in outputs else {}
+        return values if Output.ACTION_VALUES not in outputs else {
+            **values, "action_values": chosen_action_values(before, *self._action_value_matrices(), chosen)}
+
+    def _check_head(self, before: Tensor, chosen: Tensor, logprobs: Tensor, entropy: Tensor | None,
+                    temperature: float) -> None:
+        """Raise `Diverged` where the head is wrong; see `guard.py`."""
+        guard.require_logprobs(logprobs)
+        if len(before) and self._version % guard.EVERY == 0:
+            guard.require_plain_form(before, self.model.output_weight, chosen, logprobs, entropy,
+                                     temperature=temperature, compute=self.trunk.compute_dtype)
 
     def _values(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [k, n]."""
@@ -318,12 +335,40 @@ class TorchLearner:
             reference = self._reference_at(batch.tokens, offsets, batch.source, objective.outputs)
             actions = self._actions(batch.tokens, offsets, batch.source, batch.last, objective.outputs, batch.routes,
                                     batch.constants.get(Output.EXPERT_LOAD))
-            out = self._outputs(actions, objective.outputs, batch.temperature, reference)
-            loss = objective(ops_of(out.logprobs), out, self._on_device(replace(batch, routes=None)), coef)
-            self._backward(_by_slot(loss))
+            way = self._in_one_pass if takes_one_pass(objective) else self._in_two_passes
+            metrics = way(actions, objective, coef, self._on_device(replace(batch, routes=None)), reference)
             self._count(actions)
-            return _loss_metrics(loss)
+            return metrics
         return translating_memory_errors(accumulated)
+
+    def _in_two_passes(self, actions: _Actions, objective: Objective, coef: Mapping[str, float], batch: MicroBatch,
+                       reference: Readout | None) -> Metrics:
+        """Any loss: one backward pass per slot, each through logits that are computed anew."""
+        out = self._outputs(actions, objective.outputs, batch.temperature, reference)
+        loss = objective(ops_of(out.logprobs), out, batch, coef)
+        totals = _by_slot(loss)
+        for i, (slot, total) in enumerate(totals.items()):
+            self._backward(slot, [total], retain=i + 1 < len(totals))
+        return _loss_metrics(loss)
+
+    def _in_one_pass(self, actions: _Actions, objective: Objective, coef: Mapping[str, float], batch: MicroBatch,
+                     reference: Readout | None) -> Metrics:
+        """A loss that is a sum over actions: its gradient is formed while the output matrix is gone through."""
+        (slot,), weight = objective.slots, self.model.output_weight
+        before = self._hidden(actions).index_select(0, actions.before)
+        beside = self._beside_logits(before, actions.chosen, objective.outputs)
+        loss = LossOfChunks(objective, coef, batch, beside, {name: torch.zeros_like(x) for name, x in beside.items()})
+        own = next((total for name, total in self._sums(slot).items() if self._parameters[name] is weight), None)
+        d_weight = torch.zeros_like(weight) if own is None and weight.requires_grad else own
+        reading, d_before = walk(
+            before, weight, actions.chosen, loss, d_weight=d_weight, reference=reference, temperature=batch.temperature,
+            rows=self._head_rows, entropy=Output.ENTROPY in objective.outputs, compute=self.trunk.compute_dtype)
+        self._check_head(before, actions.chosen, reading.logprobs, reading.entropy, batch.temperature)
+        gradients = [(before, d_before), (weight, d_weight if own is None else None),
+                     *((x, loss.d_beside[name]) for name, x in beside.items())]
+        if going_on := [(x, gradient) for x, gradient in gradients if gradient is not None and x.requires_grad]:
+            self._backward(slot, *zip(*going_on))
+        return sum((_loss_metrics(part) for part in loss.losses), Metrics())
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
         """The same batch in tensors: integers as int64, numbers in the type of the parameters."""
@@ -360,12 +405,12 @@ class TorchLearner:
             self._gradients[slot] = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         return self._gradients[slot]
 
-    def _backward(self, totals: Mapping[str, Tensor]) -> None:
-        """One backward pass per slot, straight into the slot's own sums."""
-        for i, (slot, total) in enumerate(totals.items()):
-            for name, gradient in self._sums(slot).items():
-                self._parameters[name].grad = gradient
-            total.backward(retain_graph=i + 1 < len(totals))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    def _backward(self, slot: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, *,
+                  retain: bool = False) -> None:
+        """From tensors, with their gradients where they are no numbers, straight into the slot's own sums."""
+        for name, total in self._sums(slot).items():
+            self._parameters[name].grad = total
+        torch.autograd.backward(tensors, gradients, retain_graph=retain)
         for p in self._parameters.values():
             p.grad = None
 
