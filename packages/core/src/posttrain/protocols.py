@@ -126,7 +126,8 @@ class Objective(Protocol):
     def outputs(self) -> frozenset[Output]: ...
     @property
     def unit(self) -> Literal["action", "episode", "group"]:
-        """What must not be split over micro-batches."""
+        """What must not be split: over micro-batches, and `action` also allows any actions of one to be a call of their
+        own, whose terms and metrics add up with those of the others."""
         ...
     @property
     def slots(self) -> tuple[str, ...]:
