@@ -4,7 +4,7 @@ which of them take it, what is left out exactly, the form on given logits, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ import torch
 pytest.importorskip("posttrain_objectives")
 
 from posttrain.batching import StepData, counts_of, cut, units_of  # after the check that it is there
-from posttrain.data import Loss, Metrics, Rollouts, Term
+from posttrain.data import Loss, Metrics, MicroBatch, Rollouts, Term
 from posttrain.errors import Diverged
 from posttrain.loss import KLTerm, Measured, Sum
 from posttrain.protocols import LoadRequest, Objective, Optimization, Output
 from posttrain_backends._torch import guard, head, learner, logits
-from posttrain_backends._torch.one_pass import LossOfChunks, actions_of, takes_one_pass
+from posttrain_backends._torch.one_pass import _COLUMNS, LossOfChunks, actions_of, takes_one_pass
 from posttrain_backends.torch_native import Torch
 from posttrain_objectives.entropy import Entropy
 from posttrain_objectives.kl import FixedKL
@@ -66,6 +66,13 @@ def load(seed: int = 0, heads: int = 1, **fields: Any) -> Any:
             p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     model.compare_with(other)
     return model
+
+
+def test_every_field_of_a_batch_is_of_actions_or_known_not_to_be() -> None:
+    """A column that is added to `MicroBatch` must be cut with the actions."""
+    others = {"tokens", "sequence", "positions", "token_weight", "group", "count", "last", "routes", "temperature",
+              "constants"}
+    assert {f.name for f in fields(MicroBatch)} == {*_COLUMNS, *others} and not others.intersection(_COLUMNS)
 
 
 def data(temperature: float = 1.0) -> Rollouts:
