@@ -292,7 +292,7 @@ def test_recipe_is_no_kind_of_component() -> None:
     ("backend", {},
      ["no backend is installed",
       "  hf: in posttrain-backends, which is not installed: pip install 'posttrain-backends[hf]'",
-      "  torch: in posttrain-backends, which is not installed: pip install 'posttrain-backends[torch]'"]),
+      "  moe, ssm, torch: in posttrain-backends, which is not installed: pip install 'posttrain-backends[torch]'"]),
     ("batching", {"POSTTRAIN_BLOCK": "posttrain-core"},
      ["left out by POSTTRAIN_BLOCK: posttrain-core", "no batching is installed",
       "  first_fit: in posttrain-core, which POSTTRAIN_BLOCK leaves out: take it out of there"]),
