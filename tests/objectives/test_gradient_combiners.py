@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frameworks import in_float64
 from hypothesis import given
 from hypothesis import strategies as st
 from posttrain_objectives.gradients import (
@@ -218,3 +219,41 @@ def test_a_gramian_that_is_not_finite_is_refused(rule: Any, gramian: list[list[f
 def test_more_gradients_than_orders_can_be_gone_through_are_refused() -> None:
     with pytest.raises(ValueError, match="pcgrad takes up to 7 gradients, got 8: use upgrad"):
         PCGrad().init([str(i) for i in range(8)])
+
+
+# ---- gradients of torch and JAX, whole or in parts
+
+
+X = np.random.default_rng(0).normal(size=(8, 3))
+PARAMETERS = np.random.default_rng(1).normal(size=3)
+
+
+def columns(xp: Any, parameters: Any, x: Any) -> tuple[Any, Any, Any]:
+    """Three sums over rows that pull at the same parameters in different directions."""
+    h = xp.tanh(x @ parameters)
+    return (h ** 3).sum(), (h * x[:, 0]).sum(), -(h ** 2).sum()
+
+
+def torch_gradients(x: np.ndarray) -> np.ndarray:
+    torch = pytest.importorskip("torch")
+    parameters = torch.tensor(PARAMETERS, requires_grad=True)
+    return np.array([torch.autograd.grad(loss, parameters, retain_graph=True)[0].numpy()
+                     for loss in columns(torch, parameters, torch.from_numpy(x))])
+
+
+def jax_gradients(x: np.ndarray) -> np.ndarray:
+    jax = pytest.importorskip("jax")
+    return np.stack(jax.jacrev(lambda parameters: columns(jax.numpy, parameters, x))(jax.numpy.asarray(PARAMETERS)))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_step_is_the_same_on_torch_and_jax_however_the_batch_is_split(rule: Any, parts: int) -> None:
+    """Gradients of parts are added up before their Gramian is taken, as learners do."""
+    with in_float64("jax"):
+        steps = [direction(rule, np.sum([gradients(x) for x in np.split(X, parts)], axis=0))
+                 for gradients in (torch_gradients, jax_gradients)]
+    whole = direction(rule, torch_gradients(X))
+    assert np.linalg.norm(whole) > 0
+    for step in steps:
+        assert step == pytest.approx(whole, rel=1e-7, abs=1e-9)
