@@ -3,8 +3,8 @@
 Each seed: a warm start as in `examples/addition`, from demonstrations with up to two marks behind their digits, then
 from it one RL run per arm. The reward is 1 for the right digits, and a little more for each `=` and `+` behind right
 ones, which nobody wants: the free run learns to write them. The costs are the mean length in tokens and the share of
-answers with a `+`; the constrained arms keep them below 4.5 and 0.1. Violations are means over the rollouts of the last
-quarter of the iterations, relative to the limit; accuracy is greedy, of the digits alone, on the 2,000 held-out
+answers with a `+`; the constrained arms keep them below 4.5 and 0.25. Violations are means over the rollouts of the
+last quarter of the iterations, relative to the limit; accuracy is greedy, of the digits alone, on the 2,000 held-out
 problems.
 
 Prediction, written before the first measurement: free, both limits broken by far more than 20 %; `pid_lagrangian` and
@@ -30,8 +30,9 @@ RUNS = ROOT / "runs" / "bench-constraints"
 
 FREE = "free"
 METHODS = ("pid_lagrangian", "augmented_lagrangian", "lagrangian")
-LIMITS: Mapping[str, float] = {"length": 4.5, "plus": 0.1}
-"""A bare answer has four tokens: three digits and its end."""
+LIMITS: Mapping[str, float] = {"length": 4.5, "plus": 0.25}
+"""A bare answer has four tokens: three digits and its end. A mean of 40 x 512 answers is uncertain by 1.2 % of the
+second limit; of one of 0.1, the first that was tried, it would be by 2.1 %."""
 MARKS = ("", "", "=", "+", "=+", "++")
 """What stands behind the digits of the demonstrations, in turn."""
 PER_CHARACTER = 0.05
@@ -123,7 +124,7 @@ def main() -> None:
     write_demonstrations(ADDITION / "data" / "train.jsonl", RUNS / "marked.jsonl")
     arms = [FREE, *options.methods]
     train_all(options.jobs, [Task("sft.yaml", RUNS / str(seed) / "sft", [
-        f"seed={seed}", "steps=300", f"task.path={RUNS / 'marked.jsonl'}",
+        f"seed={seed}", "steps=250", f"task.path={RUNS / 'marked.jsonl'}",
         "rollout.max_new_tokens=6"]) for seed in options.seeds])
     train_all(options.jobs, [Task("rl.yaml", RUNS / str(seed) / arm, settings(seed, arm, options.steps))
                              for seed in options.seeds for arm in arms])
