@@ -38,6 +38,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 pytest.skip(f"{module} is not installed")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: sums are then rounded the same way each time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def signals_are_given_back() -> Iterator[None]:
     """Whoever called `train` or a command can be stopped by Ctrl-C after it, too."""

@@ -311,7 +311,7 @@ def test_what_is_refused_by_name(folder, tmp_path, monkeypatch):
         HF(weights="a", model="b/c")
     with pytest.raises(ValueError, match="no backward pass"):
         HF(weights="a", attention="flex_attention", device="cpu")
-    monkeypatch.setattr("posttrain_backends.hf.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"pip install 'posttrain-backends\[hf\]'"):
         load(folder("llama"))
 

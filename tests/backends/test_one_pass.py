@@ -3,7 +3,7 @@ which of them take it, what is left out exactly, the form on given logits, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,12 +46,7 @@ TERMS: dict[str, Objective] = {
     "ppo, exact, entropy": Sum((PolicyGradient(), IN_LOSS["exact"], Entropy(), Measured()))}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(seed: int = 0, heads: int = 1, **fields: Any) -> Any:

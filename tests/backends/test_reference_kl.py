@@ -4,7 +4,6 @@ dense logits, however a step is split, with copies, adapters and other models as
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,20 +30,13 @@ from posttrain_objectives.kl import FixedKL
 from posttrain_objectives.policy_gradient import PolicyGradient
 from ragged import rollouts
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]  # the libraries' own
 
 V = 13
 LENGTHS = [(2, 5), (3, 1), (1, 7), (4, 3), (2, 6)]
 KL = frozenset({Output.REFERENCE_KL})
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(seed: int, *, train: bool = False, width: int = 16, vocab: int = V, **fields: Any) -> Any:

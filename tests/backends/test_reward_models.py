@@ -308,7 +308,7 @@ def test_what_is_refused_before_anything_is_loaded(monkeypatch):
             RewardModel(**given)
     with pytest.raises(PluginError, match=r"flash_attn.*pip install flash-attn"):
         RewardModel(weights="a", attention="flash_attention_2").load(0)
-    monkeypatch.setattr("posttrain_backends.hf.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"'reward_model' needs torch and .*pip install 'posttrain-backends\[hf\]'"):
         RewardModel(weights="a").load(0)
 

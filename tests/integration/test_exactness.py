@@ -6,7 +6,7 @@ slots of combined gradients. Differences are relative to the largest gradient: 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,12 +37,7 @@ def registry() -> Registry:
     return posttrain.discover()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def learner(registry: Registry, precision: str, head_chunk: int = 0, **optimization: Any) -> Any:

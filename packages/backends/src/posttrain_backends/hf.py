@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal, final
 from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import LoadRequest, Output, Tokenizer
 
+from posttrain_backends.on_torch import OUTPUTS, require
+
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
 
@@ -97,8 +99,7 @@ class HF:
 
     @property
     def provides(self) -> frozenset[Output]:
-        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
-                          Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
+        return OUTPUTS
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
@@ -159,14 +160,6 @@ def require_source(weights: str, model: str, revision: str) -> None:
     if model and not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision of {model} must be a commit of 40 hexadecimal digits, got {revision!r}: branches "
                          "and tags can move; the hub shows it beside the files")
-
-
-def require(what: str, *modules: str) -> None:
-    """Raise `PluginError` with what to install where a module is missing."""
-    if missing := [name for name in modules if find_spec(name) is None]:
-        extra = {"peft": "lora", "gguf": "gguf"}.get(missing[0], "hf")
-        raise PluginError([f"{what} needs {' and '.join(missing)}, which is not installed: "
-                           f"pip install 'posttrain-backends[{extra}]'"])
 
 
 def require_attention(attention: Attention) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
-from posttrain_backends.hf import Attention, require, require_attention, require_source
+from posttrain_backends.hf import Attention, require_attention, require_source
+from posttrain_backends.on_torch import require
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.hf_classifier import LoadedRewardModel

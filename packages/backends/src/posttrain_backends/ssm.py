@@ -6,15 +6,17 @@ This is the light part: it checks sizes and names; what computes is imported on 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
-from posttrain.errors import ConfigError, PluginError
+from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
+
+from posttrain_backends.on_torch import OUTPUTS, native_learner, require
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
+    from posttrain_backends._torch.models.mamba2 import Mamba2
     from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape
 
 
@@ -85,32 +87,20 @@ class SSM:
 
     @property
     def provides(self) -> frozenset[Output]:
-        return frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
-                          Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
+        return OUTPUTS
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
-        if find_spec("torch") is None:
-            raise PluginError(["backend 'ssm' needs torch, which is not installed: "
-                               "pip install 'posttrain-backends[torch]'"])
-        import torch
+        require("backend 'ssm'", "torch", extra="torch")
+        return native_learner(request, self._model, self.weights, self.head_chunk)
 
+    def _model(self, request: LoadRequest) -> Mamba2:
         from posttrain_backends._torch.device import device_of
-        from posttrain_backends._torch.learner import TorchLearner
         from posttrain_backends._torch.models.mamba2 import Mamba2
 
-        if request.threads:
-            torch.set_num_threads(request.threads)
-        model = Mamba2(
+        return Mamba2(
             self._shape(request.vocab_size), seed=request.seed, device=device_of(self.device, self.precision),
             precision=self.precision, gradient_checkpointing=self.gradient_checkpointing)
-        learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
-                               action_value_heads=request.action_value_heads, head_rows=self.head_chunk,
-                               comm=request.comm)
-        if self.weights:
-            model.load(Path(self.weights))
-            learner.load_heads(Path(self.weights))
-        return learner
 
     def _shape(self, vocab_size: int) -> Mamba2Shape:
         """Sizes of the model, from the folder of weights where there is one."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
-from posttrain.errors import ConfigError, PluginError
+from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
+
+from posttrain_backends.on_torch import OUTPUTS, native_learner, require
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -123,30 +124,19 @@ class Torch:
     @property
     def provides(self) -> frozenset[Output]:
         experts = {Output.EXPERT_LOAD} if self.family in _MIXTURES or self.weights else set()
-        return frozenset({*experts, Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES,
-                          Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
+        return OUTPUTS | experts
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
-        if find_spec("torch") is None:
-            raise PluginError(["backend 'torch' needs torch, which is not installed: "
-                               "pip install 'posttrain-backends[torch]'"])
+        require("backend 'torch'", "torch", extra="torch")
+        return native_learner(request, self._model, self.weights, self.head_chunk)
+
+    def _model(self, request: LoadRequest) -> Decoder | UserModel:
         import torch
 
-        from posttrain_backends._torch.learner import TorchLearner
-
-        if request.threads:
-            torch.set_num_threads(request.threads)
         if request.optimization is not None:
             torch.manual_seed(request.seed)  # dropout in a module of the user's draws from torch's own generator
-        model = self._user_model(request) if self.file else self._decoder(request)
-        learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
-                               action_value_heads=request.action_value_heads, head_rows=self.head_chunk,
-                               comm=request.comm)
-        if self.weights:
-            model.load(Path(self.weights))
-            learner.load_heads(Path(self.weights))
-        return learner
+        return self._user_model(request) if self.file else self._decoder(request)
 
     def _decoder(self, request: LoadRequest) -> Decoder:
         from posttrain_backends._torch.device import device_of

@@ -109,6 +109,14 @@ class LanguageModel(Trunk, Protocol):
         ...
 
 
+class NativeModel(LanguageModel, Protocol):
+    """A language model of ours or the user's, which is made first and given its weights then."""
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder. Raises `ConfigError` where they do not fit."""
+        ...
+
+
 @runtime_checkable
 class ValueModel(Trunk, Protocol):
     """A trunk with a read-out of values and no output matrix: a critic that was a reward model, say."""

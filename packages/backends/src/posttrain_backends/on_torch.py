@@ -1,0 +1,50 @@
+"""What backends on torch have in common before torch is imported: the outputs of their learner, what must be installed,
+and the way from a model of ours to its learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.errors import PluginError
+from posttrain.protocols import LoadRequest, Output
+
+if TYPE_CHECKING:
+    from posttrain_backends._torch.learner import TorchLearner
+    from posttrain_backends._torch.models.interface import NativeModel
+
+OUTPUTS = frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES, Output.ACTION_VALUES,
+                     Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
+"""Of every language model that a torch learner trains."""
+_EXTRAS = {"peft": "lora", "gguf": "gguf"}
+"""Modules of an extra of their own."""
+
+
+def require(what: str, *modules: str, extra: str = "hf") -> None:
+    """Raise `PluginError` with what to install where a module is missing; `extra` holds those without one of their
+    own."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise PluginError([f"{what} needs {' and '.join(missing)}, which is not installed: "
+                           f"pip install 'posttrain-backends[{_EXTRAS.get(missing[0], extra)}]'"])
+
+
+def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeModel], weights: str,
+                   head_chunk: int) -> TorchLearner:
+    """The learner of the model that `made` makes, with the weights and heads of the folder `weights`, if one is named.
+    Raises `ConfigError` where they do not fit."""
+    import torch
+
+    from posttrain_backends._torch.learner import TorchLearner
+
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    model = made(request)
+    learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
+                           action_value_heads=request.action_value_heads, head_rows=head_chunk, comm=request.comm)
+    if weights:
+        model.load(Path(weights))
+        learner.load_heads(Path(weights))
+    return learner
