@@ -9,15 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.data import Prompt, Sampling, offsets_of  # after the check that the library is there
+from exchange import (
+    LENGTHS,
+    SIZES,
+    TOKENIZER,
+    V,
+    library,
+    native,
+    our_logits,
+    ragged,
+    randomise,
+    require_equal_logits_and_gradients,
+    their_logits,
+    written,
+)  # after the check that the library is there
+from posttrain.data import Prompt, Sampling
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
-from posttrain.tokenizers import Characters
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.config import read_shape
 from posttrain_backends._torch.models.rope import Linear, Llama3
@@ -29,11 +41,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
 
-TOKENIZER = Characters("abcdefgh01+").load()  # pad 0, eos 1, then the alphabet
-V = TOKENIZER.vocab_size
-SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1,
-         "pad_token_id": 0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 KINDS = {
@@ -51,16 +58,7 @@ KINDS = {
     "smollm3, biases": ("smollm3", {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True,
                                     "tie_word_embeddings": False}),
 }
-LENGTHS = [5, 40, 1, 11]
 LOGPROBS = frozenset({Output.LOGPROBS})
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Every weight random and large enough that attention is not uniform: biases and norms, too."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + float("norm" in name))
 
 
 @pytest.fixture(scope="module")
@@ -70,57 +68,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
     def make(name: str) -> Path:
         if name not in made:
-            kind, traits = KINDS[name]
-            config = transformers.AutoConfig.for_model(kind, **{**SIZES, **traits})
-            model = transformers.AutoModelForCausalLM.from_config(config)
-            randomise(model)
-            made[name] = tmp_path_factory.mktemp("model")
-            model.save_pretrained(made[name])
+            made[name] = written(tmp_path_factory.mktemp("model"), *KINDS[name])
         return made[name]
     return make
-
-
-def native(path: Path, vocab_size: int = V, **fields):
-    return Torch(weights=str(path), device="cpu", **fields).load(LoadRequest(vocab_size))
-
-
-def library(path: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def ragged() -> tuple[torch.Tensor, Layout]:
-    """Without the pad token: transformers trains no embedding of it."""
-    tokens = torch.from_numpy(np.random.default_rng(2).integers(1, V, sum(LENGTHS)))
-    return tokens, Layout.from_offsets(offsets_of(np.array(LENGTHS)))
-
-
-def our_logits(model) -> torch.Tensor:
-    tokens, layout = ragged()
-    return model.hidden(tokens, layout) @ model.output_weight.t()
-
-
-def their_logits(model) -> torch.Tensor:
-    return torch.cat([model(input_ids=part[None]).logits[0] for part in ragged()[0].split(LENGTHS)])
-
-
-def loss(logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to some other tokens."""
-    return F.cross_entropy(logits, ragged()[0].flip(0))
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_and_gradients_equal_those_of_transformers(name, folder):
-    ours, theirs = native(folder(name)).model.requires_grad_(), library(folder(name))
-    found, expected = our_logits(ours), their_logits(theirs)
-    assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    loss(found).backward()
-    loss(expected).backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    assert {name for name, _ in ours.named_parameters()} == gradients.keys()
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=f"{name}: {{}}".format)
+    require_equal_logits_and_gradients(native(folder(name)).model.requires_grad_(), library(folder(name)))
 
 
 @pytest.mark.parametrize("name", KINDS)

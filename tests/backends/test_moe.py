@@ -15,17 +15,30 @@ import torch.nn.functional as F
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-import posttrain  # after the check that the library is there
+import exchange  # after the check that the library is there
+import posttrain
+from exchange import (
+    LENGTHS,
+    SIZES,
+    TOKENIZER,
+    V,
+    native,
+    our_logits,
+    ragged,
+    randomise,
+    require_equal_logits_and_gradients,
+    their_logits,
+    written,
+)
 from posttrain.batching import FirstFit
 from posttrain.comm import SingleProcess
-from posttrain.data import Prompt, Rollouts, Sampling, offsets_of
+from posttrain.data import Prompt, Rollouts, Sampling
 from posttrain.errors import ConfigError
 from posttrain.loss import ExpertBalance, Sum
 from posttrain.protocols import LoadRequest, Optimization, Output
 from posttrain.replay import Replay, from_files, to_files
 from posttrain.testing import BackendContract
 from posttrain.testing.tiny_models import Probe, accumulate, step_data
-from posttrain.tokenizers import Characters
 from posttrain.update import Trained, optimiser_step
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import mixture
@@ -38,33 +51,21 @@ from safetensors.torch import load_file
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
 
-TOKENIZER = Characters("abcdefgh01+").load()
-V = TOKENIZER.vocab_size
 ROWS = Path(__file__).parents[1] / "integration" / "data" / "rows.jsonl"
-SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1,
-         "pad_token_id": 0, "num_experts_per_tok": 2}
-QWEN = {"num_experts": 6, "moe_intermediate_size": 24}
+TOP_2 = {"num_experts_per_tok": 2}
+QWEN = {**TOP_2, "num_experts": 6, "moe_intermediate_size": 24}
 KINDS = {
-    "mixtral": ("mixtral", {"num_local_experts": 5}),
-    "mixtral, odd sizes": ("mixtral", {"num_local_experts": 3, "intermediate_size": 19, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {**TOP_2, "num_local_experts": 5}),
+    "mixtral, odd sizes": ("mixtral", {**TOP_2, "num_local_experts": 3, "intermediate_size": 19,
+                                       "tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "head_dim": 12, "norm_topk_prob": True}),
     "qwen3_moe, dense layers": ("qwen3_moe", {**QWEN, "num_hidden_layers": 4, "decoder_sparse_step": 2,
                                               "mlp_only_layers": [1], "num_experts_per_tok": 3}),
     "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 40}),
 }
-LENGTHS = [5, 20, 1, 11]
 LOGPROBS = frozenset({Output.LOGPROBS})
 NEW = {"family": "qwen3_moe", "experts": 4, "hidden_size": 16, "layers": 2, "heads": 2, "kv_heads": 1,
        "max_positions": 64, "device": "cpu"}
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Every weight random and large enough that neither attention nor the routers are uniform."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + float("norm" in name))
 
 
 @pytest.fixture(scope="module")
@@ -74,45 +75,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
     def make(name: str) -> Path:
         if name not in made:
-            kind, traits = KINDS[name]
-            config = transformers.AutoConfig.for_model(kind, **{**SIZES, **traits})
-            model = transformers.AutoModelForCausalLM.from_config(config)
-            randomise(model)
-            made[name] = tmp_path_factory.mktemp("model")
-            model.save_pretrained(made[name])
+            made[name] = written(tmp_path_factory.mktemp("model"), *KINDS[name])
         return made[name]
     return make
 
 
-def native(path: Path, **fields):
-    return Torch(weights=str(path), device="cpu", **fields).load(LoadRequest(V))
-
-
 def library(path: Path):
     """Its experts one after the other, as it has them without grouped products."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = exchange.library(path)
     model.set_experts_implementation("eager")
     return model
-
-
-def ragged() -> tuple[torch.Tensor, Layout]:
-    """Without the pad token: transformers trains no embedding of it."""
-    tokens = torch.from_numpy(np.random.default_rng(2).integers(1, V, sum(LENGTHS)))
-    return tokens, Layout.from_offsets(offsets_of(np.array(LENGTHS)))
-
-
-def our_logits(model) -> torch.Tensor:
-    tokens, layout = ragged()
-    return model.hidden(tokens, layout) @ model.output_weight.t()
-
-
-def their_logits(model) -> torch.Tensor:
-    return torch.cat([model(input_ids=part[None]).logits[0] for part in ragged()[0].split(LENGTHS)])
-
-
-def loss(logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to some other tokens."""
-    return F.cross_entropy(logits, ragged()[0].flip(0))
 
 
 # ---- exchanged with transformers
@@ -121,16 +93,7 @@ def loss(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_and_gradients_equal_those_of_transformers(name, folder):
-    ours, theirs = native(folder(name)).model.requires_grad_(), library(folder(name))
-    found, expected = our_logits(ours), their_logits(theirs)
-    assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    loss(found).backward()
-    loss(expected).backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    assert {name for name, _ in ours.named_parameters()} == gradients.keys()
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=f"{name}: {{}}".format)
+    require_equal_logits_and_gradients(native(folder(name)).model.requires_grad_(), library(folder(name)))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -192,9 +155,9 @@ def test_bf16_computes_near_float32_and_decodes_what_it_reads(name, folder):
 
 
 @pytest.mark.parametrize("name, changes, said", [
-    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; native is 0.0"),
-    ("mixtral", {"sliding_window": 16}, "sliding_window is 16"),
-    ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok is 6, of 5 experts"),
+    ("mixtral", {**TOP_2, "router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; native is 0.0"),
+    ("mixtral", {**TOP_2, "sliding_window": 16}, "sliding_window is 16"),
+    ("mixtral", {**TOP_2, "num_experts_per_tok": 6}, "num_experts_per_tok is 6, of 5 experts"),
     ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is False; native is True"),
     ("qwen2_moe", {"layer_types": None, "use_sliding_window": True, "sliding_window": 16}, "sliding_window is 16"),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window is 16")])
