@@ -30,16 +30,13 @@ from exchange import (
     their_logits,
     written,
 )
-from posttrain.batching import FirstFit
-from posttrain.comm import SingleProcess
+from mixtures import LOGPROBS, PROMPTS, Ascent, balanced, chosen, elsewhere, recorded_by, step_of
 from posttrain.data import Prompt, Rollouts, Sampling
 from posttrain.errors import ConfigError
-from posttrain.loss import ExpertBalance, Sum
 from posttrain.protocols import LoadRequest, Optimization, Output
 from posttrain.replay import Replay, from_files, to_files
 from posttrain.testing import BackendContract
-from posttrain.testing.tiny_models import Probe, accumulate, step_data
-from posttrain.update import Trained, optimiser_step
+from posttrain.testing.tiny_models import step_data
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import mixture
 from posttrain_backends._torch.models.config import read_shape
@@ -63,7 +60,6 @@ KINDS = {
                                               "mlp_only_layers": [1], "num_experts_per_tok": 3}),
     "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 40}),
 }
-LOGPROBS = frozenset({Output.LOGPROBS})
 NEW = {"family": "qwen3_moe", "experts": 4, "hidden_size": 16, "layers": 2, "heads": 2, "kv_heads": 1,
        "max_positions": 64, "device": "cpu"}
 
@@ -268,23 +264,6 @@ def test_replayed_experts_are_weighed_by_the_router_of_now():
 # ---- routes from the sampler to the learner
 
 
-PROMPTS = [Prompt(text=t, group=i) for i, t in enumerate(["abc", "0+1", "hgfedcba"]) for _ in range(3)]
-
-
-def recorded_by(learner, **fields):
-    """Answers of different lengths, with fewer rows than prompts, so that rows are refilled and move."""
-    return Batched(**{"slots": 4, "prefill_tokens": 5, **fields}).start(learner, TOKENIZER, shared=True).rollout(
-        PROMPTS, Sampling(max_new_tokens=7), (0, 0))
-
-
-def chosen(learner, rollouts) -> np.ndarray:
-    """[M, L, k] what the model chooses by itself, each sequence computed alone."""
-    model, routes = learner.model, Routes()
-    with torch.no_grad():
-        model.hidden(torch.from_numpy(rollouts.tokens).long(), Layout.from_offsets(rollouts.offsets), routes)
-    return routes.joined().numpy()
-
-
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe, dense layers"])
 def test_the_sampler_records_the_experts_of_every_token_but_the_last(name, folder):
     learner = native(folder(name))
@@ -308,18 +287,13 @@ def test_routes_are_stored_small_and_come_back(experts, dtype, free):
     stored = mixture.recorded(ids.short(), experts)
     assert stored.dtype == dtype and stored.tolist() == [[[0, experts - 1]], [[free, free]]]
     scores = torch.linspace(0, 1, experts).repeat(2, 1)
-    again = Routes(mixture.replayed(stored, (3,), experts, 2, torch.device("cpu"))).of(3, scores, 2)
+    routes = Routes(mixture.replayed(stored, (3,), experts, 2, torch.device("cpu")))
+    again = routes.of(3, scores, scores.topk(2).indices)
     assert again.tolist() == [[0, experts - 1], [experts - 1, experts - 2]]
     for other in ({"layers": (3, 4)}, {"k": 1}, {"experts": experts - 1}):
         given = {"layers": (3,), "experts": experts, "k": 2, "device": torch.device("cpu"), **other}
         with pytest.raises(ConfigError, match=r"hold 2 experts a token in 1 layers(.|\n)*policy's own model"):
             mixture.replayed(stored, **given)
-
-
-def elsewhere(rollouts, experts: int):
-    """The same rollouts, as if the sampler's routers had sent each token to the next expert."""
-    free = rollouts.routes == 255
-    return replace(rollouts, routes=np.where(free, 255, (rollouts.routes + 1) % experts).astype(np.uint8))
 
 
 def test_scoring_replays_what_was_recorded(folder):
@@ -355,13 +329,6 @@ def trained(**fields):
     return learner
 
 
-def step_of(learner, data, parts=None) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """The gradients of one optimiser step, and what `apply` measured."""
-    accumulate(learner, data, Probe(LOGPROBS), parts)
-    gradients = {name: g.numpy().copy() for name, g in learner._gradients["main"].items()}
-    return gradients, learner.apply().values_by_name()
-
-
 def test_training_replays_in_every_split_and_when_layers_are_computed_anew():
     drawn = recorded_by(trained())
     moved = elsewhere(drawn, 4)
@@ -395,15 +362,6 @@ def test_a_step_reports_the_load_of_the_experts_that_were_used():
 # ---- an even load
 
 
-def balanced(moved, parts_of: int, learner, coef=0.7, objective=None, keep=None):
-    """One optimiser step of `ExpertBalance` in parts of so many tokens."""
-    N = int(moved.is_action.sum())
-    keep = np.ones(N, bool) if keep is None else keep
-    whole = Sum((objective or ExpertBalance(),))
-    return optimiser_step([Trained(learner, whole)], moved, keep, np.ones(N), {}, {"expert_balance": coef},
-                          batching=FirstFit(), budget=parts_of, comm=SingleProcess())[0].values_by_name()
-
-
 @pytest.mark.oracle
 def test_the_loss_is_that_of_the_switch_transformer(monkeypatch):
     """The literal formula over whole sequences, each computed alone: value, and the step of every parameter."""
@@ -433,18 +391,6 @@ def test_the_loss_is_that_of_the_switch_transformer(monkeypatch):
     assert max(np.abs(x).max() for name, x in ours._optimizer.seen.items() if "gate.weight" in name) > 1e-3
 
 
-class Ascent:
-    """Keeps the gradients of a step and moves nothing."""
-
-    lr, settings = 0.0, Optimization(clip_norm=0.0)
-
-    def __init__(self, parameters):
-        self.parameters, self.seen = parameters, {}
-
-    def step(self):
-        self.seen = {name: p.grad.numpy().copy() for name, p in self.parameters.items()}
-
-
 @pytest.mark.oracle
 def test_the_loss_equals_that_of_transformers():
     """Over one layer; theirs counts the k experts of a token k times."""
@@ -454,7 +400,7 @@ def test_the_loss_equals_that_of_transformers():
     chosen = scores.topk(k).indices
     load = torch.bincount(chosen.flatten(), minlength=6) / chosen.numel()
     routes = Routes(load={0: load})
-    routes.of(0, scores, k)
+    routes.of(0, scores, chosen)
     found, expected = 6 * routes.agreement[0].mean(), load_balancing_loss_func((logits,), 6, k) / k
     torch.testing.assert_close(found, expected)
     for a, b in zip(*(torch.autograd.grad(x, logits, retain_graph=True) for x in (found, expected)), strict=True):
@@ -533,8 +479,9 @@ def test_replayed_rollouts_go_to_disk_with_their_routes(folder):
 def test_a_layer_that_is_computed_anew_keeps_its_experts():
     """Also where its input is rounded otherwise, as on a GPU."""
     routes, scores = Routes({1: torch.tensor([[-1], [0]])}), torch.tensor([[0.2, 0.8], [0.3, 0.7]])
-    assert routes.of(1, scores, 1).tolist() == routes.of(1, 1 - scores, 1).tolist() == [[1], [0]]
-    assert routes.of(0, scores, 1).tolist() == [[1], [1]]
+    first, other = torch.tensor([[1], [1]]), torch.tensor([[0], [0]])
+    assert routes.of(1, scores, first).tolist() == routes.of(1, 1 - scores, other).tolist() == [[1], [0]]
+    assert routes.of(0, scores, first).tolist() == [[1], [1]]
 
 
 # ---- new models

@@ -5,6 +5,7 @@ This is the light part: it checks names and values; what computes is imported on
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
 
 Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+Experts = Literal["auto", "eager", "grouped_mm", "batched_mm"]
 NEEDS: Mapping[str, tuple[str, str]] = {
     "flash_attention_2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
     "flash_attention_3": ("flash_attn_interface", "build it from the hopper folder of flash-attention's sources"),
@@ -72,6 +74,15 @@ class HF:
     """`{use: lora, rank: 16}` trains low-rank adapters and leaves the weights alone; null trains all weights."""
     attention: Attention = "auto"
     """`auto` is torch's scaled dot-product attention."""
+    experts: Experts = "auto"
+    """How a mixture's experts are multiplied: `eager` one after the other, `batched_mm` with a copy of an expert for
+    each token, `grouped_mm` sorted by expert. `auto` is `grouped_mm` in float32 on a CPU, else `eager`."""
+    router_replay: bool = True
+    """Record which experts each token of a rollout is sent to, and send it there in training (Ma et al. 2025, arXiv
+    2510.11370). A mixture whose router is not known is refused, unless this is false: then its routers choose anew."""
+    expert_bias_rate: float = 0.0
+    """What an optimiser step adds to the bias of each expert that got less than the mean, and takes from each that got
+    more, where routers choose by such a bias (Wang et al. 2024, arXiv 2408.15664). 0 leaves the bias as it is."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Sequences in one row, kept apart by positions: `auto` where attention is made for it (flash) and a probe at load
     proves it exact, `always` everywhere (refused where the probe fails), `never` pads."""
@@ -90,6 +101,8 @@ class HF:
         require_source(self.weights, self.model, self.revision)
         if self.head_chunk < 0:
             raise ValueError(f"head_chunk must not be negative, got {self.head_chunk}")
+        if not 0 <= self.expert_bias_rate < math.inf:
+            raise ValueError(f"expert_bias_rate must be a number from 0, got {self.expert_bias_rate}")
         if self.attention == "flex_attention" and self.device == "cpu":
             raise ValueError("attention flex_attention has no backward pass on a CPU; take sdpa")
 
@@ -99,7 +112,7 @@ class HF:
 
     @property
     def provides(self) -> frozenset[Output]:
-        return OUTPUTS
+        return OUTPUTS | ({Output.EXPERT_LOAD} if self.router_replay else set())
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""

@@ -25,6 +25,7 @@ from posttrain_backends._torch.models.hf import (
     require_plain_head,
     tree_error,
 )
+from posttrain_backends._torch.models.hf_mixture import choose_experts, with_routes
 from posttrain_backends._torch.models.hf_value import HFValueModel, give_heads, require_causal_head
 from posttrain_backends.hf import source_of, unreachable
 
@@ -42,7 +43,9 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     causal = read(spec).to(device)
     if spec.adapter is not None:
         add_adapter(causal, spec.adapter, request.seed)
-    model = cached_or_not(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing)
+    choose_experts(causal, spec)
+    model = with_routes(
+        cached_or_not(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing), spec)
     require_plain_head(model)
     require_rows(len(model.output_weight), request.vocab_size)
     model.packed = packs(spec, model)
@@ -59,6 +62,9 @@ def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.devic
     """A classification model as a learner of values alone."""
     require_no_action_values(request.action_value_heads,
                              f"{spec.weights or spec.model} is a {config.architectures[0]}, which")
+    if spec.expert_bias_rate:
+        raise ConfigError([f"expert_bias_rate is {spec.expert_bias_rate}, and {spec.weights or spec.model} is a "
+                           f"{config.architectures[0]}: only a policy's load of experts is known; leave it out"])
     if not request.value_heads:
         raise ConfigError(
             [f"{spec.weights or spec.model} is a {config.architectures[0]}, which gives no log-probs; it can be a "
@@ -69,6 +75,7 @@ def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.devic
     give_heads(causal.to(device), request.value_heads)
     if spec.adapter is not None:
         add_adapter(causal, spec.adapter, request.seed, task="SEQ_CLS")
+    choose_experts(causal, spec)
     model = HFValueModel(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing)
     model.value_head.requires_grad_(True)  # an adapter leaves all that is not its own alone
     require_causal_head(model, pooled=task == "sequence")
@@ -95,11 +102,12 @@ def read(spec: HF) -> PreTrainedModel:
 
 
 def without_dropout(causal: PreTrainedModel) -> None:
-    """Set every dropout rate to 0: the ratio to the sampler's log-probs would be noise."""
+    """Set every rate of dropout and of a router's noise to 0: the ratio to the sampler's log-probs would be noise."""
     for module in causal.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in [n for n, value in vars(module).items() if "dropout" in n and isinstance(value, float)]:
+        for name in [n for n, value in vars(module).items()
+                     if ("dropout" in n or n == "jitter_noise") and isinstance(value, float)]:
             setattr(module, name, 0.0)
 
 

@@ -35,7 +35,14 @@ from posttrain_backends._torch.head import (
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
-from posttrain_backends._torch.models.interface import AdaptedLanguageModel, LanguageModel, Routed, Trunk, ValueModel
+from posttrain_backends._torch.models.interface import (
+    AdaptedLanguageModel,
+    LanguageModel,
+    Rebalanced,
+    Routed,
+    Trunk,
+    ValueModel,
+)
 from posttrain_backends._torch.models.mixture import Routes, replayed
 from posttrain_backends._torch.one_pass import READ, LossOfChunks, takes_one_pass
 from posttrain_backends._torch.optimizer import NamedAdamW
@@ -457,6 +464,8 @@ class TorchLearner:
                 torch.nn.utils.clip_grads_with_norm_(
                     self._parameters.values(), self._optimizer.settings.clip_norm, norm)
             self._optimizer.step()
+            if isinstance(self.trunk, Rebalanced):
+                self.trunk.rebalance(sent)
             self._version += 1
             metrics += {"grad_norm": Metric(float(norm))}
         self._bad_steps = 0 if finite else self._bad_steps + 1

@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.layout import Block, Layout
+from posttrain_backends._torch.models.hf_routers import named_as_in_files
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.trees import Forest, forest
 from posttrain_backends._torch.unadapted import switched_off
@@ -80,11 +81,15 @@ class HFTrunk:
         """[M] token ids -> [M, H]."""
         with self.autocast(), self._mode():
             if self.packed and len(tokens):
-                together: Tensor = self.run(tokens[None], layout.positions[None]).last_hidden_state
+                with self._over_block(None):
+                    together: Tensor = self.run(tokens[None], layout.positions[None]).last_hidden_state
                 return together[0]
             if self.trees and (found := forest(layout, self._width)) is not None:
                 return self._over(found, tokens, layout)
-            parts = [block.unpad(self.run(block.pad(tokens)).last_hidden_state) for block in layout.blocks]
+            parts = []
+            for block in layout.blocks:
+                with self._over_block(block):
+                    parts.append(block.unpad(self.run(block.pad(tokens)).last_hidden_state))
         return self._in_order(parts, layout)
 
     def _over(self, trees: Forest, tokens: Tensor, layout: Layout) -> Tensor:
@@ -93,7 +98,7 @@ class HFTrunk:
         for block, sees in zip(trees.blocks, trees.masks, strict=True):
             mask = torch.zeros(sees.shape, dtype=self.compute_dtype, device=self.device)
             mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
-            with self._masked_attention():
+            with self._masked_attention(), self._over_block(block):
                 out = self.run(block.pad(tokens), block.pad(layout.positions), attention_mask=mask)
             parts.append(block.unpad(out.last_hidden_state))
         return torch.cat(parts).index_select(0, trees.inverse)
@@ -104,6 +109,10 @@ class HFTrunk:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         given = {"position_ids": positions} if self._takes_positions else {}
         return self.trunk(input_ids=tokens, **given, **{"use_cache": False, **named})
+
+    def _over_block(self, block: Block | None) -> AbstractContextManager[None]:
+        """Around the pass over a block's tokens, or over all as they are."""
+        return nullcontext()
 
     @contextmanager
     def _mode(self) -> Iterator[None]:
@@ -134,10 +143,10 @@ class HFTrunk:
         yield from self.causal.named_parameters()
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """By the names of the module, each storage once (tied weights have one name); with an adapter, what it adds."""
+        """By the names of files, each storage once (tied weights have one name); with an adapter, what it adds."""
         names = self.causal.state_dict()
         adapter = {name: tensor for name, tensor in names.items() if ADAPTER in name}
-        return adapter or _without_ties(names)
+        return adapter or self._as_in_files(names)
 
     @property
     def has_adapter(self) -> bool:
@@ -147,7 +156,10 @@ class HFTrunk:
         return switched_off(list(adapted(self.causal).values()))
 
     def weights_under_adapter(self) -> Mapping[str, Tensor]:
-        return _without_ties(_unadapted(self.causal))
+        return self._as_in_files(_unadapted(self.causal))
+
+    def _as_in_files(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return named_as_in_files(self.causal.config.model_type, _without_ties(tensors))
 
     def requires_grad_(self, requires_grad: bool = True, /) -> HFTrunk:
         self.causal.requires_grad_(requires_grad)
@@ -171,7 +183,6 @@ class HFModel(HFTrunk):
         return weight
 
 
-@final
 class CachedHFModel(HFModel):
     """A module whose every layer keeps keys and values of all tokens, so that it can continue from our own cache."""
 
@@ -189,7 +200,8 @@ class CachedHFModel(HFModel):
         with self.autocast(), self._mode():
             for block in layout.blocks:
                 cache = DynamicCache()
-                out = self.run(block.pad(tokens), past_key_values=cache, use_cache=True)
+                with self._over_block(block):
+                    out = self.run(block.pad(tokens), past_key_values=cache, use_cache=True)
                 hidden.append(block.unpad(out.last_hidden_state))
                 layers.append([(block.unpad(c.keys.transpose(1, 2)), block.unpad(c.values.transpose(1, 2)))
                                for c in cache.layers])

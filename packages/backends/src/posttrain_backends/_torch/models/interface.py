@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, final, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -186,6 +187,15 @@ class Routed(CachedLanguageModel, Protocol):
                 routes: Routes | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]: ...
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None,
                routes: Routes | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Rebalanced(Routed, Protocol):
+    """A mixture that is led to an even load beside the loss, as by a bias in its routers' choice."""
+
+    def rebalance(self, sent: np.ndarray) -> None:
+        """Move by what an optimiser step sent to each expert of each layer, [L, E] tokens."""
+        ...
 
 
 @runtime_checkable

@@ -37,15 +37,27 @@ class Routes:
         self.chosen: dict[int, Tensor] = {}
         self.agreement: dict[int, Tensor] = {}
 
-    def of(self, layer: int, scores: Tensor, k: int) -> Tensor:
-        """[M, k] expert ids of a layer whose router scored the experts [M, E]."""
+    def of(self, layer: int, scores: Tensor, best: Tensor) -> Tensor:
+        """[M, k] expert ids of a layer whose router scored the experts [M, E], and likes `best` [M, k] most."""
         if layer not in self.chosen:
-            best = scores.detach().topk(k, dim=-1).indices
             given = self._given.get(layer)
             self.chosen[layer] = best if given is None else torch.where(given >= 0, given, best)
         if layer in self._load:  # also in a layer that is computed anew, whose operations must be the same
-            self.agreement.setdefault(layer, scores @ self._load[layer])
+            self.agreement.setdefault(layer, (scores * self._load[layer]).sum(dim=-1))  # no product in bfloat16
         return self.chosen[layer]
+
+    def over(self, cells: Tensor) -> Routes:
+        """For a pass over `cells` [C], tokens of this one, some of them more than once."""
+        return Routes({layer: ids.index_select(0, cells) for layer, ids in self._given.items()}, self._load)
+
+    def note(self, part: Routes, cells: Tensor, first: Tensor, tokens: int) -> None:
+        """Take what a pass over `cells` of so many tokens noted, of those at `first` [m] alone."""
+        places = cells[first]
+        for layer, ids in part.chosen.items():
+            self.chosen.setdefault(layer, ids.new_full((tokens, ids.shape[1]), -1))[places] = ids[first]
+        for layer, agreement in part.agreement.items():
+            so_far = self.agreement.get(layer, agreement.new_zeros(tokens))
+            self.agreement[layer] = so_far.index_copy(0, places, agreement[first])
 
     def joined(self) -> Tensor:
         """[M, L, k] int16, what was chosen in each layer."""
@@ -109,7 +121,7 @@ class MixtureWeights:
     def __call__(self, x: Tensor, routes: Routes) -> Tensor:
         """[M, H] -> [M, H], in the router's type."""
         scores = router_scores(x, self.router)
-        ids = routes.of(self.layer, scores, self.per_token)
+        ids = routes.of(self.layer, scores, scores.detach().topk(self.per_token, dim=-1).indices)
         weights = scores.gather(1, ids)  # of all scores, so that replayed experts have gradients, too
         if self.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
