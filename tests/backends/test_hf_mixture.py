@@ -470,8 +470,8 @@ class TestMixture(BackendContract):
         here = Path.cwd()
         os.chdir(tmp_path_factory.mktemp("models"))
         sizes = {**SIZES, "pad_token_id": None, "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
-                 "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 2, "num_experts_per_tok": 2,
-                 "moe_intermediate_size": 8, "head_dim": 4}
+                 "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+                 "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             transformers.AutoModelForCausalLM.from_config(

@@ -10,11 +10,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import posttrain
+from posttrain.rundir import read_metrics
 
 DATA = Path(__file__).with_name("data")
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(5) for b in range(5)]
@@ -41,6 +44,18 @@ def config(directory: Path, **changes: Any) -> dict[str, Any]:
         "trackers": {"console": None, "jsonl": None},
     }
     return {**settings, **changes}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's steps, without what differs each time."""
+    return [{k: v for k, v in line.items() if k != "timing"} for line in read_metrics(run) if line["step"]]
+
+
+def rise(means: Sequence[float]) -> tuple[float, float]:
+    """The mean of the last quarter less that of the first, and its standard error."""
+    n = len(means) // 4
+    first, last = np.array(means[:n]), np.array(means[-n:])
+    return float(last.mean() - first.mean()), float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / n))
 
 
 def kill_at(function: str, call: int) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import posttrain
 import pytest
-from integration.small import config
-from posttrain.rundir import read_metrics
+from integration.small import config, metrics, rise
 
 pytest.importorskip("torch")
 
@@ -18,11 +16,6 @@ SSM = {"use": "ssm", "hidden_size": 16, "layers": 2, "state_size": 8, "head_dim"
 
 def settings(run: Path, **changes: Any) -> dict[str, Any]:
     return config(run, policy=SSM, **changes)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of its steps."""
-    return [{k: v for k, v in line.items() if k != "timing"} for line in read_metrics(run) if line["step"]]
 
 
 def test_a_run_trains_and_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -60,7 +53,6 @@ def test_rewards_rise(tmp_path: Path) -> None:
         "optimizer": {"lr": 1e-2},
         "trackers": {"console": None, "jsonl": None},
     }, output="quiet")
-    means = np.array([row["reward/mean"] for row in metrics(tmp_path / "run")])
-    first, last = means[:10], means[-10:]
-    error = np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / 10)
-    assert last.mean() - first.mean() > max(0.15, 4 * error) and last.mean() > 0.8
+    means = [row["reward/mean"] for row in metrics(tmp_path / "run")]
+    difference, error = rise(means)
+    assert difference > max(0.15, 4 * error) and sum(means[-10:]) / 10 > 0.8
