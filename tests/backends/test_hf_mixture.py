@@ -116,10 +116,11 @@ def test_drawn_tokens_are_scored_as_recorded_by_the_experts_that_were_recorded(n
 
 
 def seen_by(learner, name: str, routes: Routes) -> list[tuple[torch.Tensor, ...]]:
-    """What the routers of a pass over a sequence gave, after the hooks that replay."""
+    """What the routers of a pass over a sequence gave, after the hooks that replay: logits, weights and ids."""
     found: list[tuple[torch.Tensor, ...]] = []
     routers = hf_mixture.routers_of(learner.model.causal, MIXTURES[name]).values()
-    held = [router.register_forward_hook(lambda module, given, out: found.append(out)) for router in routers]
+    held = [router.register_forward_hook(lambda module, given, out: found.append(
+        (given[0].reshape(7, -1) @ module.weight.t(), *out[1:]))) for router in routers]
     tokens = torch.arange(2, 9)
     learner.model.hidden(tokens, Layout.from_offsets([0, 7]), routes)
     for handle in held:
@@ -335,6 +336,17 @@ def test_a_saved_folder_loads_in_transformers_and_in_the_native_decoder(name, ad
         assert {n for n, _ in learner.base().params()} == load_file(tmp_path / "model.safetensors").keys()
 
 
+def test_an_adapter_is_trained_through_replayed_experts_and_its_base_stays(folder):
+    learner = load(folder("mixtral"), lr=0.1, adapter=Lora(rank=2, targets=("q_proj", "o_proj")))
+    first = recorded_by(learner)
+    step_of(learner, step_data(elsewhere(first, E)))
+    drawn = recorded_by(learner)
+    np.testing.assert_allclose(logprobs(learner, drawn), drawn.behavior_logprobs, rtol=0, atol=1e-5)
+    base, before = learner.base().score(drawn, LOGPROBS, 1.0).logprobs, logprobs(load(folder("mixtral")), drawn)
+    np.testing.assert_allclose(base, before, rtol=0, atol=1e-5)
+    assert np.abs(base - drawn.behavior_logprobs).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_weights_go_from_one_backend_to_the_other_and_routes_with_them(name, folder):
     ours, theirs = native(folder(name)), load(folder(name))
@@ -431,6 +443,23 @@ def test_a_router_that_weighs_otherwise_is_refused(folder, monkeypatch):
         MIXTURES["mixtral"].weighing(router), normalised=False))
     monkeypatch.setattr(hf_mixture, "MIXTURES", {**MIXTURES, "mixtral": changed})
     with pytest.raises(ConfigError, match="by a router that weighs them otherwise than is known here"):
+        load(folder("mixtral"))
+
+
+def test_a_router_that_gives_something_else_is_refused(folder, monkeypatch):
+    from transformers.models.mixtral import modeling_mixtral
+
+    class MixtralTopKRouter(modeling_mixtral.MixtralTopKRouter):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)[0]
+
+    class Block(modeling_mixtral.MixtralSparseMoeBlock):
+        def forward(self, hidden_states):
+            self.gate(hidden_states)
+            return hidden_states
+    monkeypatch.setattr(modeling_mixtral, "MixtralTopKRouter", MixtralTopKRouter)
+    monkeypatch.setattr(modeling_mixtral, "MixtralSparseMoeBlock", Block)
+    with pytest.raises(ConfigError, match="gives no logits, weights and ids in this version of transformers"):
         load(folder("mixtral"))
 
 

@@ -35,7 +35,7 @@ from posttrain_backends._torch.models.hf_routers import (
     shares,
 )
 from posttrain_backends._torch.models.interface import KVCache, Precision
-from posttrain_backends._torch.models.mixture import Routes
+from posttrain_backends._torch.models.mixture import Routes, router_logits
 
 if TYPE_CHECKING:
     from posttrain_backends.hf import HF
@@ -77,13 +77,13 @@ class RouterHook:
     def __init__(self, layer: int, weighing: Weighing, switch: Switch) -> None:
         self._layer, self._weighing, self._switch = layer, weighing, switch
 
-    def __call__(self, router: nn.Module, given: object, out: tuple[Tensor, Tensor, Tensor]) -> Any:
+    def __call__(self, router: Any, given: tuple[Tensor], out: tuple[Tensor, Tensor, Tensor]) -> Any:
         if self._switch.routes is None:
             return out
-        logits, weights, best = out
-        scores = self._weighing.scores(logits)
+        first, weights, best = out  # first are logits or, in transformers 5.5, probabilities: so logits are made anew
+        scores = self._weighing.scores(router_logits(given[0].flatten(0, -2), router.weight))
         ids = self._switch.routes.of(self._layer, shares(scores), best)
-        return logits, self._weighing.weights(scores, ids).to(weights.dtype), ids
+        return first, self._weighing.weights(scores, ids).to(weights.dtype), ids
 
 
 @final
@@ -206,23 +206,23 @@ def experts_error(causal: PreTrainedModel, chosen: str) -> float:
 
 def with_routes(model: HFModel, spec: HF) -> HFModel:
     """The model, its experts recorded and replayed where it has some. Raises `ConfigError` where that cannot be."""
-    causal, kind = model.causal, model.causal.config.model_type
-    if not spec.router_replay or not parts_of_mixtures(causal):
-        if spec.expert_bias_rate:
-            raise ConfigError([f"policy.expert_bias_rate is {spec.expert_bias_rate}, and " + (
-                "without policy.router_replay no load of experts is known" if parts_of_mixtures(causal) else
-                f"{type(causal).__name__} has no experts; leave it out")])
-        return model
-    family = MIXTURES.get(kind)
+    causal, family = model.causal, MIXTURES.get(model.causal.config.model_type)
     routers = routers_of(causal, family) if family else {}
+    _check_bias(spec, causal, routers)
+    if not spec.router_replay or not parts_of_mixtures(causal):
+        return model
     if family is None or not routers:
         raise _unknown(causal, "by a router that is not known here")
     if not isinstance(model, CachedHFModel):
         raise _unknown(causal, "and is drawn from without a cache, beside which alone they are recorded")
-    _check_bias(spec, causal, routers)
-    routed = RoutedHFModel(causal, family, model.precision, gradient_checkpointing=spec.gradient_checkpointing,
-                           bias_rate=spec.expert_bias_rate)
-    if (error := replay_error(routed)) > TOLERANCE:
+    try:
+        routed = RoutedHFModel(causal, family, model.precision, gradient_checkpointing=spec.gradient_checkpointing,
+                               bias_rate=spec.expert_bias_rate)
+        error = replay_error(routed)
+    except (AttributeError, TypeError, ValueError) as raised:  # as of DeepSeek-V3 in transformers 5.5
+        raise _unknown(causal, "by a router that gives no logits, weights and ids in this version of transformers"
+                       ) from raised
+    if error > TOLERANCE:
         raise _unknown(causal, f"by a router that weighs them otherwise than is known here (replayed, hidden states "
                                f"differ by {error:.1e} of the largest)")
     return routed
@@ -236,15 +236,17 @@ def _unknown(causal: PreTrainedModel, why: str) -> ConfigError:
 
 
 def _check_bias(spec: HF, causal: PreTrainedModel, routers: Mapping[int, nn.Module]) -> None:
-    if not spec.expert_bias_rate:
-        return
-    if any(BIAS not in dict(router.named_buffers()) for router in routers.values()):
-        raise ConfigError([f"policy.expert_bias_rate is {spec.expert_bias_rate}, and the routers of "
-                           f"{type(causal).__name__} have no bias; leave it out, or even the load out by "
-                           "update.expert_balance_coef"])
-    if spec.adapter is not None:
-        raise ConfigError(["policy.expert_bias_rate moves a bias of the model, and with policy.adapter the model stays "
-                           "as it is; leave one of them out"])
+    """Raise `ConfigError` where `expert_bias_rate` would move nothing, or what must stay."""
+    name = type(causal).__name__
+    why = (f"{name} has no experts" if not parts_of_mixtures(causal) else
+           "without policy.router_replay no load of experts is known" if not spec.router_replay else
+           f"the routers of {name} have no bias" if any(
+               BIAS not in dict(router.named_buffers()) for router in routers.values()) else
+           "with policy.adapter the model stays as it is" if spec.adapter is not None else "")
+    if spec.expert_bias_rate and why:
+        raise ConfigError([f"policy.expert_bias_rate is {spec.expert_bias_rate}, and {why}"],
+                          next_step="Leave it out; update.expert_balance_coef evens out the load of any mixture that "
+                                    "is replayed, by a loss.")
 
 
 @torch.no_grad()

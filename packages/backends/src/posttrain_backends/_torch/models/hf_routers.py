@@ -56,8 +56,8 @@ def _sigmoid(logits: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True, slots=True)
 class MixtureFamily:
-    """The mixtures of one `model_type`. Their routers give logits [M, E], weights [M, k] and ids [M, k], and their
-    experts are joined in memory and apart in files."""
+    """The mixtures of one `model_type`. Their routers have a `weight` [E, H] and give something [M, E], weights [M, k]
+    and ids [M, k]; their experts are joined in memory and apart in files."""
 
     router: str
     """Class of its routers."""

@@ -129,9 +129,14 @@ class MixtureWeights:
 
 
 def router_scores(x: Tensor, router: Tensor) -> Tensor:
-    """[M, H] and [E, H] -> [M, E] probabilities; never in bfloat16, where experts near a tie would swap."""
+    """[M, H] and [E, H] -> [M, E] probabilities."""
+    return router_logits(x, router).softmax(dim=-1)
+
+
+def router_logits(x: Tensor, router: Tensor) -> Tensor:
+    """[M, H] and [E, H] -> [M, E]; never in bfloat16, where experts near a tie would swap."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(router.dtype), router).softmax(dim=-1)
+        return F.linear(x.to(router.dtype), router)
 
 
 def weighted_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
