@@ -34,16 +34,26 @@ NATIVE = Torch(hidden_size=8, layers=1, heads=2, kv_heads=1, intermediate_size=8
 STATES = SSM(hidden_size=8, layers=1, state_size=4, head_dim=8, chunk_size=4, device="cpu")
 SIZES = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 32}
-"""Of the model in the folder `tiny`."""
+"""Of the models in the folders `tiny` and `hybrid`."""
+FOLDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "tiny": ("llama", SIZES),
+    "states": ("mamba2", {"vocab_size": V, "hidden_size": 8, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 4,
+                          "state_size": 4, "n_groups": 1, "chunk_size": 4, "bos_token_id": None, "eos_token_id": 1,
+                          "pad_token_id": 0}),
+    "hybrid": ("bamba", {**SIZES, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4,
+                         "mamba_n_groups": 1, "mamba_chunk_size": 4, "bos_token_id": None, "eos_token_id": 1,
+                         "pad_token_id": None})}  # the library trains no embedding of a pad token
+"""Folder -> the model of transformers in it."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Work beside a folder `tiny` that holds a model of transformers, so that components name it alike in every run."""
+    """Work beside folders that hold models of transformers, so that components name them alike in every run."""
     with contextlib.chdir(tmp_path_factory.mktemp("models")), torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model("llama", **SIZES)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained("tiny")
+        for folder, (kind, sizes) in FOLDERS.items():
+            torch.manual_seed(0)
+            config = transformers.AutoConfig.for_model(kind, **sizes)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         yield
 
 
@@ -110,6 +120,14 @@ class TestHFWithAdapter(BackendContract):
         return HF(weights=str(folder), device="cpu")
 
 
+class TestHFWithStates(BackendContract):
+    components = (HF(weights="states", device="cpu"), HF(weights="hybrid", device="cpu"))
+    seeded = False
+
+    def reloaded(self, component: HF, folder: Path) -> HF:
+        return HF(weights=str(folder), device="cpu")
+
+
 class TestBatched(EngineContract):
     components = (Batched(), Batched(slots=3, prefill_tokens=5), Batched(cache_tokens=40))
     backend = NATIVE
@@ -124,4 +142,15 @@ class TestBatchedOnSSM(EngineContract):
 class TestBatchedOnHF(EngineContract):
     components = (Batched(slots=5),)
     backend = HF(weights="tiny", device="cpu", adapter=Lora(rank=2, alpha=4.0))
+    max_positions = 32
+
+
+class TestBatchedOnHFWithStates(EngineContract):
+    components = (Batched(), Batched(slots=3, prefill_tokens=5))
+    backend = HF(weights="states", device="cpu")
+
+
+class TestBatchedOnHFWithBoth(EngineContract):
+    components = (Batched(), Batched(slots=3, prefill_tokens=5))
+    backend = HF(weights="hybrid", device="cpu")
     max_positions = 32

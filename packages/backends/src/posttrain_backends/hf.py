@@ -86,6 +86,9 @@ class HF:
     packing: Literal["auto", "always", "never"] = "auto"
     """Sequences in one row, kept apart by positions: `auto` where attention is made for it (flash) and a probe at load
     proves it exact, `always` everywhere (refused where the probe fails), `never` pads."""
+    cache: Literal["auto", "never"] = "auto"
+    """What answers are drawn with: `auto` takes the keys, values and states that the architecture keeps, where a probe
+    at load proves it exact; `never` reads an answer anew for each of its tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16"] = "float32"

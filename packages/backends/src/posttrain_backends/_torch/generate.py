@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from posttrain.data import Array, Prompt, Rollouts, Sampling, offsets_of
-from posttrain.errors import MemoryExhausted
+from posttrain.errors import ConfigError, MemoryExhausted
 from posttrain.protocols import Tokenizer
 from torch import Tensor
 
@@ -30,8 +30,10 @@ from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models.files import copy_named
 from posttrain_backends._torch.models.interface import (
     CachedLanguageModel,
+    HybridLanguageModel,
     LanguageModel,
     RecurrentLanguageModel,
+    Refusing,
     Routed,
 )
 from posttrain_backends._torch.models.mixture import Routes, recorded
@@ -83,7 +85,7 @@ class Prefix:
 
 Past = Sequence[Tensor]
 """Of one prompt: the keys of all layers and then their values, [P, kv_heads, D] each; of a recurrent model all windows
-and then all states, without their axis of rows; nothing where a model remembers nothing."""
+and then all states, without their axis of rows; of a hybrid model both; nothing where a model remembers nothing."""
 
 
 class Rows(Protocol):
@@ -141,9 +143,7 @@ class CachedRows:
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         where = torch.from_numpy(rows).to(self._device)
-        for cached, read in zip((*self._cache.keys, *self._cache.values), prefix.past, strict=True):
-            same = read.transpose(0, 1).to(cached.dtype).expand(len(rows), -1, -1, -1)
-            cached[:, :, :len(read)].index_copy_(0, where, same)
+        _copy_tokens((*self._cache.keys, *self._cache.values), where, prefix.past)
         if prefix.routes is not None:
             self._routes[where, :len(prefix.routes)] = prefix.routes
 
@@ -159,8 +159,7 @@ class CachedRows:
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
-        for layer in (*self._cache.keys, *self._cache.values):
-            layer.index_copy_(0, t, layer.index_select(0, s))
+        _move((*self._cache.keys, *self._cache.values), s, t)
         self._routes[t] = self._routes[s]
 
     def routes(self, row: int, length: int) -> np.ndarray | None:
@@ -188,21 +187,72 @@ class RecurrentRows:
         return hidden, [[x[i] for x in cache.tensors] for i in range(len(layout.last))], None
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
-        where = torch.from_numpy(rows).to(self._device)
-        for cached, read in zip(self._cache.tensors, prefix.past, strict=True):
-            cached.index_copy_(0, where, read.to(cached.dtype).expand(len(rows), *read.shape))
+        _copy_states(self._cache.tensors, torch.from_numpy(rows).to(self._device), prefix.past)
 
     def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         rows = None if len(tokens) == self._rows else slice(0, len(tokens))
         return self._model.step(torch.from_numpy(tokens).to(self._device), self._cache, rows)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
-        for layer in self._cache.tensors:
-            layer.index_copy_(0, t, layer.index_select(0, s))
+        _move(self._cache.tensors, *(torch.from_numpy(x).to(self._device) for x in (source, target)))
 
     def routes(self, row: int, length: int) -> None:
         return None
+
+
+@final
+class HybridRows:
+    """Pasts as keys and values of some layers and states of others."""
+
+    def __init__(self, model: HybridLanguageModel, rows: int, columns: int) -> None:
+        self._model, self._cache, self._rows = model, model.new_pasts(rows, columns), rows
+        self._device = model.output_weight.device
+        self._tokens = (*self._cache.attention.keys, *self._cache.attention.values)
+        self._states = self._cache.recurrent.tensors
+
+    @property
+    def prompts_at_once(self) -> int:
+        return self._rows  # as for states alone
+
+    def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
+        hidden, keys, values, states = self._model.read_pasts(tokens, layout)
+        parts = [slice(int(a), int(b)) for a, b in pairwise(layout.offsets)]
+        return hidden, [[*(x[part] for x in (*keys, *values)), *(x[i] for x in states.tensors)]
+                        for i, part in enumerate(parts)], None
+
+    def start(self, rows: np.ndarray, prefix: Prefix) -> None:
+        where = torch.from_numpy(rows).to(self._device)
+        _copy_tokens(self._tokens, where, prefix.past[:len(self._tokens)])
+        _copy_states(self._states, where, prefix.past[len(self._tokens):])
+
+    def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        newest, places = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
+        rows = None if len(tokens) == self._rows else slice(0, len(tokens))
+        return self._model.step_at(newest, places, self._cache, rows)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        _move((*self._tokens, *self._states), *(torch.from_numpy(x).to(self._device) for x in (source, target)))
+
+    def routes(self, row: int, length: int) -> None:
+        return None
+
+
+def _copy_tokens(cells: Sequence[Tensor], where: Tensor, past: Past) -> None:
+    """Let the rows `where` of keys or values [B, kv_heads, T, D] begin with those of a prompt [P, kv_heads, D]."""
+    for cached, read in zip(cells, past, strict=True):
+        same = read.transpose(0, 1).to(cached.dtype).expand(len(where), -1, -1, -1)
+        cached[:, :, :len(read)].index_copy_(0, where, same)
+
+
+def _copy_states(cells: Sequence[Tensor], where: Tensor, past: Past) -> None:
+    """Let the rows `where` of states [B, ...] be that of a prompt [...]."""
+    for cached, read in zip(cells, past, strict=True):
+        cached.index_copy_(0, where, read.to(cached.dtype).expand(len(where), *read.shape))
+
+
+def _move(cells: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
+    for layer in cells:
+        layer.index_copy_(0, target, layer.index_select(0, source))
 
 
 @final
@@ -241,6 +291,8 @@ def rows_for(model: LanguageModel, rows: int, columns: int) -> Rows:
     """As many rows of up to `columns` tokens, with the past that the model has."""
     if isinstance(model, CachedLanguageModel):
         return CachedRows(model, rows, columns)
+    if isinstance(model, HybridLanguageModel):
+        return HybridRows(model, rows, columns)
     return RecurrentRows(model, rows) if isinstance(model, RecurrentLanguageModel) else \
         RecomputedRows(model, rows, columns)
 
@@ -374,6 +426,11 @@ class TorchSampler:
     """A started engine on a torch model; a `Sampler`. Not shared, it keeps a copy of the model until `sync`."""
 
     def __init__(self, learner: TorchLearner, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> None:
+        if isinstance(learner.model, Refusing) and learner.model.refusal:
+            raise ConfigError(
+                [f"engine 'batched' does not draw from this policy: {learner.model.refusal}"],
+                next_step="Set policy.cache: never, which reads an answer anew for each of its tokens: slow, and what "
+                          "is trained is what was drawn.")
         self._shared, self._tokenizer, self._engine = shared, tokenizer, engine
         self._model = learner.model if shared else deepcopy(learner.model)
         self._version = learner.version

@@ -20,12 +20,12 @@ from posttrain_backends._torch.models.hf import (
     HFTrunk,
     adapted,
     attends_to_all,
-    cached_or_not,
     packing_error,
     require_plain_head,
     tree_error,
 )
 from posttrain_backends._torch.models.hf_mixture import choose_experts, with_routes
+from posttrain_backends._torch.models.hf_states import drawable, require_grouped_norm
 from posttrain_backends._torch.models.hf_value import HFValueModel, give_heads, require_causal_head
 from posttrain_backends.hf import source_of, unreachable
 
@@ -43,9 +43,10 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     causal = read(spec).to(device)
     if spec.adapter is not None:
         add_adapter(causal, spec.adapter, request.seed)
+    require_grouped_norm(causal)
     choose_experts(causal, spec)
-    model = with_routes(
-        cached_or_not(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing), spec)
+    model = with_routes(drawable(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing,
+                                 cache=spec.cache), spec)
     require_plain_head(model)
     require_rows(len(model.output_weight), request.vocab_size)
     model.packed = packs(spec, model)
@@ -89,12 +90,14 @@ def read(spec: HF) -> PreTrainedModel:
     """The module in float32, without dropout, on the host."""
     name, arguments = source_of(spec.weights, spec.model, spec.revision)
     attention = None if spec.attention == "auto" else spec.attention
+    generator = torch.get_rng_state()  # recurrent layers are drawn first, and then overwritten
     try:
         causal = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
             use_safetensors=True if "gguf_file" not in arguments else None, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(spec.weights or spec.model, error) from error
+    torch.set_rng_state(generator)
     if spec.weights.endswith(".gguf"):
         causal = unpacked(causal)
     without_dropout(causal)

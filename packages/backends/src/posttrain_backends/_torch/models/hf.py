@@ -49,7 +49,7 @@ class HFTrunk:
         self.packed = self.trees = False
         """Whether sequences stand in one row, and shared beginnings once: only where a probe proved it exact."""
         self.trunk: nn.Module = causal.base_model
-        self._takes_positions = "position_ids" in _parameters(self.trunk)
+        self._takes_positions = "position_ids" in parameters_of(self.trunk)
         self._trains_in_train_mode = gradient_checkpointing
         self.device, self._width = matrix.device, matrix.shape[1]
         if gradient_checkpointing:
@@ -222,7 +222,7 @@ class CachedHFModel(HFModel):
         beyond = torch.arange(columns, device=positions.device) > positions[:, None]
         mask = torch.zeros(beyond.shape, dtype=self.compute_dtype, device=self.device)
         mask.masked_fill_(beyond, torch.finfo(mask.dtype).min)
-        layers = [_Row(k[used], v[used], place, positions, columns)
+        layers = [CacheRow(k[used], v[used], place, positions, columns)
                   for k, v in zip(cache.keys, cache.values, strict=True)]
         with self.autocast(), self._mode(), self._masked_attention():
             out = self.run(tokens[:, None], positions[:, None], attention_mask=mask[:, None, None, :],
@@ -231,7 +231,7 @@ class CachedHFModel(HFModel):
         return hidden[:, 0]
 
 
-class _Row(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed here
+class CacheRow(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed here
     """One layer of our cache, for one step: takes the new keys and values at each row's own position."""
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, columns: int) -> None:
@@ -295,7 +295,7 @@ def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if first.setdefault((t.data_ptr(), tuple(t.shape)), name) == name}
 
 
-def _parameters(module: nn.Module) -> frozenset[str]:
+def parameters_of(module: nn.Module) -> frozenset[str]:
     """Names that the module's `forward` takes."""
     return frozenset(inspect.signature(module.forward).parameters)
 

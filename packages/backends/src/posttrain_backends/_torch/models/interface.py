@@ -52,14 +52,24 @@ class StateCache:
     """What a recurrent model keeps of B rows: of one size however long they are, allocated once."""
 
     windows: list[Tensor]
-    """Per layer [B, K-1, E] the last inputs of its convolution, the newest last."""
+    """Per layer, the last inputs of its convolution: [B, K-1, E], the newest last; as the library has them in its own
+    models."""
     states: list[Tensor]
-    """Per layer [B, heads, P, N] the state of its recurrence."""
+    """Per layer, the state of its recurrence: [B, heads, P, N]; as the library has it in its own models."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, [B, ...] each."""
         return [*self.windows, *self.states]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class HybridCache:
+    """What a model keeps of B rows some of whose layers attend to all tokens, and others keep a state."""
+
+    attention: KVCache
+    recurrent: StateCache
 
 
 class Trunk(Protocol):
@@ -213,6 +223,35 @@ class RecurrentLanguageModel(LanguageModel, Protocol):
     def step(self, tokens: Tensor, cache: StateCache, rows: slice | None = None) -> Tensor:
         """One token [B] per row of the cache -> hidden [B, H]; the row's state moves on in place. `rows` names the
         cache rows where they are not all."""
+        ...
+
+
+@runtime_checkable
+class HybridLanguageModel(LanguageModel, Protocol):
+    """A language model that can continue from keys and values of some of its layers and states of others."""
+
+    def new_pasts(self, rows: int, columns: int) -> HybridCache:
+        """Of rows that have read nothing, of the model's own shape, type and device."""
+        ...
+
+    def read_pasts(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor], StateCache]:
+        """[M] -> hidden [M, H]; keys and values of each layer that has some, [M, kv_heads, D] each; and the states
+        that each of the S sequences, none of them empty, ends with."""
+        ...
+
+    def step_at(self, tokens: Tensor, positions: Tensor, cache: HybridCache, rows: slice | None = None) -> Tensor:
+        """One token [B] per row of the cache at `positions` [B] -> hidden [B, H]; keys, values and states move on in
+        place. `rows` names the cache rows where they are not all."""
+        ...
+
+
+@runtime_checkable
+class Refusing(Protocol):
+    """A model that may be found unfit to be drawn from."""
+
+    @property
+    def refusal(self) -> str:
+        """Why an answer drawn from it token by token is not one of the model that is trained; empty where it is."""
         ...
 
 
