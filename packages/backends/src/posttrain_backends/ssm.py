@@ -5,7 +5,9 @@ This is the light part: it checks sizes and names; what computes is imported on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
@@ -13,6 +15,12 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.on_torch import OUTPUTS, native_learner, require
+
+KERNELS: Mapping[str, str] = {
+    "mamba_ssm": "pip install mamba-ssm --no-build-isolation (it is built with the CUDA compiler)",
+    "fla": "pip install flash-linear-attention",
+}
+"""Module with a kernel of the recurrence -> how to get it; in the order in which `auto` takes them."""
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -61,6 +69,10 @@ class SSM:
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """`bf16` multiplies by the layers' matrices in bfloat16 and keeps the recurrence, weights, gradients and moments in
     float32."""
+    kernel: Literal["auto", "torch", "mamba_ssm", "fla"] = "auto"
+    """What reads whole texts: `auto` takes a kernel of mamba-ssm or fla on CUDA where one is installed and a probe at
+    load proves it equal to torch's form, and else that form; a kernel that is named and fails is refused. Answers are
+    drawn by torch's steps."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
     head_chunk: int = 0
@@ -73,6 +85,7 @@ class SSM:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_chunk < 0:
             raise ValueError(f"head_chunk must not be negative (0 chooses), got {self.head_chunk}")
+        self._check_kernel()
         if (inner := self.expand * self.hidden_size) % self.head_dim:
             divisors = ", ".join(str(n) for n in range(1, inner + 1) if inner % n == 0)
             raise ValueError(f"expand * hidden_size is {inner}, not a multiple of head_dim {self.head_dim}: take one "
@@ -80,6 +93,17 @@ class SSM:
         if (heads := inner // self.head_dim) % self.groups:
             raise ValueError(f"the {heads} heads (expand * hidden_size / head_dim) are not a multiple of groups "
                              f"{self.groups}")
+
+    def _check_kernel(self) -> None:
+        if self.kernel not in KERNELS:
+            return
+        if self.device == "cpu":
+            raise ValueError(f"kernel {self.kernel} computes on CUDA, device is cpu; set kernel to auto or torch")
+        if self.precision == "float64":
+            raise ValueError(f"kernel {self.kernel} computes in float32, precision is float64; set kernel to torch")
+        if find_spec(self.kernel) is None:
+            raise ValueError(f"kernel {self.kernel} needs the module {self.kernel}, which is not installed: "
+                             f"{KERNELS[self.kernel]}; or set kernel to auto")
 
     @property
     def framework(self) -> str:
@@ -97,10 +121,13 @@ class SSM:
     def _model(self, request: LoadRequest) -> Mamba2:
         from posttrain_backends._torch.device import device_of
         from posttrain_backends._torch.models.mamba2 import Mamba2
+        from posttrain_backends._torch.models.scan import scan_for
 
+        shape, device = self._shape(request.vocab_size), device_of(self.device, self.precision)
         return Mamba2(
-            self._shape(request.vocab_size), seed=request.seed, device=device_of(self.device, self.precision),
-            precision=self.precision, gradient_checkpointing=self.gradient_checkpointing)
+            shape, seed=request.seed, device=device, precision=self.precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            scan=scan_for(self.kernel, shape, device, self.precision))
 
     def _shape(self, vocab_size: int) -> Mamba2Shape:
         """Sizes of the model, from the folder of weights where there is one."""

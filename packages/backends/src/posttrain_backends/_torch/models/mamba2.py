@@ -29,7 +29,8 @@ from posttrain_backends._torch.models.interface import (
 )
 from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape, config_of
-from posttrain_backends._torch.models.ssd import Packing, convolve, convolve_step, ssd, ssd_step
+from posttrain_backends._torch.models.scan import Scan, by_torch
+from posttrain_backends._torch.models.ssd import Packing, convolve, convolve_step, ssd_step
 
 EMBEDDING, OUTPUT = "backbone.embeddings.weight", "lm_head.weight"
 _FIRST_STEPS = (1e-3, 0.1)
@@ -68,14 +69,14 @@ class Mixer(nn.Module):
         self.norm = GatedNorm(shape)
         self.out_proj = nn.Linear(I, shape.hidden_size, shape.use_bias)
 
-    def forward(self, x: Tensor, norm: Norm, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: Norm, packing: Packing, scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
         """[M, H] -> [M, H], and of the sequences at `packing.ends` the windows [S, K-1, E] and states [S, heads, P, N];
         reads `norm` of x."""
         def mixed(inputs: Tensor) -> tuple[Tensor, Tensor]:
             return convolve(inputs, self.conv1d.weight, self.conv1d.bias, packing)
 
-        def recurred(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-            return ssd(u, log_a, B, C, packing)
+        def recurred(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+            return scan(u, dt, A, B, C, packing)
         return self._around(x, norm, mixed, recurred)
 
     def step(self, x: Tensor, norm: Norm, window: Tensor, state: Tensor) -> Tensor:
@@ -83,12 +84,12 @@ class Mixer(nn.Module):
         def mixed(inputs: Tensor) -> tuple[Tensor, Tensor]:
             return convolve_step(inputs, self.conv1d.weight, self.conv1d.bias, window), window
 
-        def recurred(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-            return ssd_step(u, log_a.exp(), B, C, state), state
+        def recurred(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+            return ssd_step(u * dt[..., None], (dt * A).exp(), B, C, state), state
         return self._around(x, norm, mixed, recurred)[0]
 
     def _around(self, x: Tensor, norm: Norm, mixed: Callable[[Tensor], tuple[Tensor, Tensor]],
-                recurred: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+                recurred: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
                 ) -> tuple[Tensor, Tensor, Tensor]:
         """The block, with its convolution and its recurrence in whichever form."""
         s, exact = self.shape, self.A_log.dtype
@@ -102,7 +103,7 @@ class Mixer(nn.Module):
             u = u.reshape(-1, s.num_heads, s.head_dim)
             B, C = (v.reshape(-1, s.n_groups, s.state_size) for v in (B, C))
             dt = F.softplus(dt + self.dt_bias).clamp(*s.time_step_limit)
-            y, state = recurred(u * dt[..., None], -dt * self.A_log.exp(), B, C)
+            y, state = recurred(u, dt, -self.A_log.exp(), B, C)
             normed = self.norm((y + self.D[:, None] * u).flatten(-2), z)
         return self.out_proj(normed), window, state
 
@@ -115,8 +116,8 @@ class Mamba2Layer(nn.Module):
         super().__init__()
         self.norm, self.mixer = Norm(shape.hidden_size, shape.layer_norm_epsilon), Mixer(shape)
 
-    def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, window, state = self.mixer(x, self.norm, packing)
+    def forward(self, x: Tensor, packing: Packing, scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, window, state = self.mixer(x, self.norm, packing, scan)
         return x + mixed, window, state
 
     def step(self, x: Tensor, window: Tensor, state: Tensor) -> Tensor:
@@ -144,9 +145,12 @@ class Mamba2(nn.Module):
     """
 
     def __init__(self, shape: Mamba2Shape, *, seed: int = 0, device: torch.device | str = "cpu",
-                 precision: Precision = "float32", gradient_checkpointing: bool = False) -> None:
+                 precision: Precision = "float32", gradient_checkpointing: bool = False,
+                 scan: Scan = by_torch) -> None:
         super().__init__()
         self.shape, self.precision, self.gradient_checkpointing = shape, precision, gradient_checkpointing
+        self.scan = scan
+        """The recurrence over whole sequences."""
         with torch.device("meta"):  # nothing is allocated or drawn twice
             self.backbone = Backbone(shape)
             if not shape.tie_word_embeddings:
@@ -205,9 +209,10 @@ class Mamba2(nn.Module):
             packing = Packing.of(layout, self.shape.chunk_size, self.shape.conv_kernel, final=final)
             for layer in self.backbone.layers:
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x, window, state = checkpoint(layer, x, packing, use_reentrant=False, preserve_rng_state=False)
+                    x, window, state = checkpoint(
+                        layer, x, packing, self.scan, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x, window, state = layer(x, packing)
+                    x, window, state = layer(x, packing, self.scan)
                 cache.windows.append(window)
                 cache.states.append(state)
             return cast(Tensor, self.backbone.norm_f(x)), cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +39,10 @@ class Packing:
     """[M] where the tokens lie when each sequence has K-1 zeros before it."""
     gapped: int
     """Length of that line."""
+    sequence: Tensor
+    """[M] int32, of each token."""
+    offsets: Tensor
+    """[n+1] where the n sequences that hold a token begin, and the end."""
 
     @classmethod
     def of(cls, layout: Layout, chunk_size: int, kernel: int, *, final: bool) -> Packing:
@@ -52,7 +57,8 @@ class Packing:
         return cls(
             c, Q, same.tril(), sequence == sequence[:, -1:], sequence == former[:, None],
             layout.last if final else layout.last[:0],
-            torch.arange(M, device=device) + (kernel - 1) * (layout.rows + 1), M + (kernel - 1) * len(layout.last))
+            torch.arange(M, device=device) + (kernel - 1) * (layout.rows + 1), M + (kernel - 1) * len(layout.last),
+            layout.rows.int(), torch.from_numpy(np.unique(layout.offsets)).to(device))
 
     def chunks(self, x: Tensor) -> Tensor:
         """[M, ...] -> [c, Q, ...], zeros behind the last token."""
