@@ -25,7 +25,7 @@ from posttrain_backends._torch.models.hf import HFModel, packing_error
 from posttrain_backends._torch.models.hf_states import HybridHFModel, RecurrentHFModel, state_error
 from posttrain_backends._torch.models.interface import CachedLanguageModel, HybridLanguageModel, RecurrentLanguageModel
 from posttrain_backends.engines import Batched
-from posttrain_backends.hf import HF
+from posttrain_backends.hf import HF, Lora
 
 PARITY = import_file(Path(__file__).parents[2] / "tools" / "parity.py")
 TOKENIZER, V = PARITY.TOKENIZER, PARITY.V
@@ -209,6 +209,28 @@ def test_a_cache_of_its_own_is_said_and_answers_are_read_anew(tmp_path, caplog):
     assert type(learner.model) is HFModel
     assert "drawn from without a cache of states" in caplog.text and "MiniMax uses cache of its own" in caplog.text
     found = rollout(learner, sampling=Sampling(max_new_tokens=4))
+    np.testing.assert_allclose(found.behavior_logprobs, learner.score(found, LOGPROBS, 1.0).logprobs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("mamba2", r"'out_proj' is incompatible with Mamba-based models.*linear layers of this model are in_proj, lm_head, "
+               "out_proj"),
+    ("jamba", "JambaForCausalLM reads the weights of dt_proj itself.*name the other layers: down_proj, gate_proj, "
+              "in_proj")])
+def test_an_adapter_that_would_never_be_trained_is_refused(name, says, folder):
+    pytest.importorskip("peft")
+    with pytest.raises(ConfigError, match=says):
+        load(folder(name), adapter=Lora(rank=2))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "jamba"])
+def test_with_an_adapter_recorded_log_probs_equal_scored_ones(name, folder):
+    pytest.importorskip("peft")
+    learner = load(folder(name), adapter=Lora(rank=2, targets=("in_proj",)))
+    with torch.no_grad():
+        for _, p in learner.model.named_parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    found = rollout(learner)
     np.testing.assert_allclose(found.behavior_logprobs, learner.score(found, LOGPROBS, 1.0).logprobs, rtol=0, atol=2e-5)
 
 

@@ -134,14 +134,14 @@ def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int, task: str = "CAU
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets,
                         task_type=task, bias="none")
+    linear = sorted({name.rpartition(".")[2] for name, module in causal.named_modules()
+                     if isinstance(module, torch.nn.Linear)})
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of experts, which are refused below, and of a flag it then sets by itself
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, causal)
         except ValueError as error:
-            linear = sorted({name.rpartition(".")[2] for name, module in causal.named_modules()
-                             if isinstance(module, torch.nn.Linear)})
             raise ConfigError([f"policy.adapter.targets: {str(error).splitlines()[0]}; linear layers of this model are "
                                f"{', '.join(linear)}"]) from error
     if any(module is causal.get_output_embeddings() for module in adapted(causal).values()):
@@ -151,6 +151,25 @@ def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int, task: str = "CAU
     if odd:
         raise ConfigError([f"policy.adapter: {odd[0]} holds several matrices in one (experts); adapters on them are "
                            "not supported yet: name other layers in policy.adapter.targets"])
+    if passed := passed_over(causal):
+        raise ConfigError([f"policy.adapter.targets: {type(causal).__name__} reads the weights of {', '.join(passed)} "
+                           "itself, so an adapter on them would never be trained; name the other layers: "
+                           f"{', '.join(name for name in linear if name not in (*passed, 'lm_head'))}"])
+
+
+@torch.no_grad()
+def passed_over(causal: PreTrainedModel) -> list[str]:
+    """Last names of adapted layers whose module is not called where the one around it is."""
+    called: set[torch.nn.Module] = set()
+    hooks = [module.register_forward_hook(lambda module, given, out: called.add(module))
+             for module in causal.modules()]
+    try:
+        causal(input_ids=torch.zeros(1, 2, dtype=torch.long, device=causal.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sorted({name.rpartition(".")[2] for name, module in adapted(causal).items()
+                   if module not in called and causal.get_submodule(name.rpartition(".")[0]) in called})
 
 
 def require_rows(rows: int, vocab_size: int) -> None:
