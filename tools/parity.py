@@ -124,12 +124,14 @@ LIBRARY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "num_mem_blocks": 1}),
     "lfm2": ("lfm2", {**ATTENTION, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
 }
+UNREPLAYED = dict.fromkeys(("jamba", "qwen3_next", "granitemoehybrid", "nemotron_h"), {"router_replay": False})
+"""Architecture -> what must be said of its experts, which only a known router replays."""
 CASES: Sequence[Case] = (
     *(Case("torch", name, model, sizes) for name, (model, sizes) in FAMILIES.items()),
     Case("torch", "a module of the user's"),
     Case("ssm", "mamba2", "mamba2", MAMBA2),
     Case("ssm", "mamba2, time_step_limit", *LIBRARY["mamba2, time_step_limit"]),
-    *(Case("hf", name, model, sizes) for name, (model, sizes) in LIBRARY.items()),
+    *(Case("hf", name, model, sizes, UNREPLAYED.get(name, {})) for name, (model, sizes) in LIBRARY.items()),
     Case("hf", "mamba2, time_step_limit, cache: never", *LIBRARY["mamba2, time_step_limit"], {"cache": "never"}),
 )
 COMPONENTS: Mapping[str, Callable[..., Any]] = {"torch": Torch, "ssm": SSM, "hf": HF}
