@@ -124,7 +124,7 @@ LIBRARY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "num_mem_blocks": 1}),
     "lfm2": ("lfm2", {**ATTENTION, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
 }
-UNREPLAYED = dict.fromkeys(("jamba", "qwen3_next", "granitemoehybrid", "nemotron_h"), {"router_replay": False})
+UNREPLAYED = {name: {"router_replay": False} for name in ("jamba", "qwen3_next", "granitemoehybrid", "nemotron_h")}
 """Architecture -> what must be said of its experts, which only a known router replays."""
 CASES: Sequence[Case] = (
     *(Case("torch", name, model, sizes) for name, (model, sizes) in FAMILIES.items()),

@@ -303,23 +303,13 @@ def test_what_is_refused_by_name(folder, tmp_path, monkeypatch):
         load(folder("llama"), adapter=Lora(targets=("q_proj", "lm_head")))
     with pytest.raises(ConfigError, match="holds several matrices in one"):
         load(folder("experts"), adapter=Lora())
-    with pytest.raises(PluginError, match=r"flash_attn.*pip install flash-attn"):
-        load(folder("llama"), attention="flash_attention_2")
     with pytest.raises(ValueError, match="40 hexadecimal digits"):
         HF(model="org/name", revision="main")
     with pytest.raises(ValueError, match="give weights"):
         HF(weights="a", model="b/c")
-    with pytest.raises(ValueError, match="no backward pass"):
-        HF(weights="a", attention="flex_attention", device="cpu")
     monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"pip install 'posttrain-backends\[hf\]'"):
         load(folder("llama"))
-
-
-def test_eager_attention_equals_sdpa(folder):
-    given = rollouts()
-    a, b = (load(folder("llama"), attention=kind).score(given, LOGPROBS, 1.0).logprobs for kind in ("sdpa", "eager"))
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_layouts_without_tokens_and_of_several_blocks(folder):

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from posttrain.errors import ConfigError, DataError, MemoryExhausted, PluginError  # after the check
 from posttrain.protocols import RewardSource
+from posttrain_backends._torch.hf_classifier import fault_of
 from posttrain_backends.reward_models import RewardModel
 
 torch.set_num_threads(1)
@@ -300,14 +301,25 @@ def test_models_that_are_refused_by_name(folder, tmp_path):
         load(two, label=2)
 
 
+def test_an_attention_whose_scores_are_not_eager_s_is_refused_by_name(folder, monkeypatch):
+    from transformers import AttentionInterface
+
+    def sees_itself(module, query, key, value, attention_mask, **named):
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    reward = load(folder("llama"))
+    assert fault_of(reward, "sdpa") == "" and "it raises ValueError" in fault_of(reward, "flash_attention_2")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sees_itself)
+    with pytest.raises(ConfigError, match="attention sdpa cannot be used here: its scores differ from those of eager"):
+        load(folder("llama"), attention="sdpa")
+
+
 def test_what_is_refused_before_anything_is_loaded(monkeypatch):
     for given, said in (({}, "give weights"), ({"weights": "a", "model": "b"}, "give weights"),
                         ({"model": "b", "revision": "main"}, "40 hexadecimal digits"),
                         ({"weights": "a.gguf"}, "GGUF"), ({"weights": "a", "batch_tokens": 0}, "batch_tokens")):
         with pytest.raises(ValueError, match=said):
             RewardModel(**given)
-    with pytest.raises(PluginError, match=r"flash_attn.*pip install flash-attn"):
-        RewardModel(weights="a", attention="flash_attention_2").load(0)
     monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"'reward_model' needs torch and .*pip install 'posttrain-backends\[hf\]'"):
         RewardModel(weights="a").load(0)

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
-from posttrain.errors import ConfigError, PluginError
+from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output, Tokenizer
 
+from posttrain_backends.attention import Attention, require_attention
 from posttrain_backends.on_torch import OUTPUTS, require
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
 
-Attention = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 Experts = Literal["auto", "eager", "grouped_mm", "batched_mm"]
-NEEDS: Mapping[str, tuple[str, str]] = {
-    "flash_attention_2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
-    "flash_attention_3": ("flash_attn_interface", "build it from the hopper folder of flash-attention's sources"),
-}
-"""Attention -> the module it needs, and how to get it."""
 
 
 @final
@@ -73,7 +66,8 @@ class HF:
     adapter: Lora | None = None
     """`{use: lora, rank: 16}` trains low-rank adapters and leaves the weights alone; null trains all weights."""
     attention: Attention = "auto"
-    """`auto` is torch's scaled dot-product attention."""
+    """`auto` is `sdpa` on a CPU; on CUDA flash where it is installed and `precision` is bf16, else `flex`. It is
+    compared with `eager` when the model is loaded."""
     experts: Experts = "auto"
     """How a mixture's experts are multiplied: `eager` one after the other, `batched_mm` with a copy of an expert for
     each token, `grouped_mm` sorted by expert. `auto` is `grouped_mm` in float32 on a CPU, else `eager`."""
@@ -106,8 +100,7 @@ class HF:
             raise ValueError(f"head_chunk must not be negative, got {self.head_chunk}")
         if not 0 <= self.expert_bias_rate < math.inf:
             raise ValueError(f"expert_bias_rate must be a number from 0, got {self.expert_bias_rate}")
-        if self.attention == "flex_attention" and self.device == "cpu":
-            raise ValueError("attention flex_attention has no backward pass on a CPU; take sdpa")
+        require_attention(self.attention, self.device, self.precision)
 
     @property
     def framework(self) -> str:
@@ -121,7 +114,6 @@ class HF:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'hf'", "torch", "transformers", *(["peft"] if self.adapter else []),
                 *(["gguf"] if self.weights.endswith(".gguf") else []))
-        require_attention(self.attention)
         from posttrain_backends._torch.hf_loading import load
 
         return load(self, request)
@@ -176,13 +168,6 @@ def require_source(weights: str, model: str, revision: str) -> None:
     if model and not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision of {model} must be a commit of 40 hexadecimal digits, got {revision!r}: branches "
                          "and tags can move; the hub shows it beside the files")
-
-
-def require_attention(attention: Attention) -> None:
-    """Raise `PluginError` where the package that computes it is missing."""
-    module, remedy = NEEDS.get(attention, ("", ""))
-    if module and find_spec(module) is None:
-        raise PluginError([f"attention {attention!r} needs {module}, which is not installed: {remedy}"])
 
 
 def unreachable(model: str, error: Exception) -> ConfigError:

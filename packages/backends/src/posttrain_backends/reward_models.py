@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
-from posttrain_backends.hf import Attention, require_attention, require_source
+from posttrain_backends.attention import LibraryAttention, require_attention
+from posttrain_backends.hf import require_source
 from posttrain_backends.on_torch import require
 
 if TYPE_CHECKING:
@@ -67,13 +68,14 @@ class RewardModel:
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16"] = "float32"
     """Of weights and matrices; nothing is trained, so `bf16` keeps no weights in float32."""
-    attention: Attention = "auto"
-    """`auto` is torch's scaled dot-product attention."""
+    attention: LibraryAttention = "auto"
+    """`auto` is torch's scaled dot-product attention; another one is compared with `eager` when the model is loaded."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. The run's configuration records it."""
 
     def __post_init__(self) -> None:
         require_source(self.weights, self.model, self.revision)
+        require_attention(self.attention, self.device, self.precision)
         if self.weights.endswith(".gguf"):
             raise ValueError("weights must be a folder: a GGUF file holds no classification model")
         if self.batch_tokens < 1 or self.max_tokens < 0:
@@ -83,7 +85,6 @@ class RewardModel:
     def load(self, threads: int) -> LoadedRewardModel:
         """See `posttrain.protocols.RewardSource`. Raises `ConfigError`, `PluginError`."""
         require("reward 'reward_model'", "torch", "transformers")
-        require_attention(self.attention)
         from posttrain_backends._torch.hf_classifier import load
 
         return load(self, threads)

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Literal, final
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
+from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
 from posttrain_backends.on_torch import OUTPUTS, native_learner, require
 
 if TYPE_CHECKING:
+    import torch
+
     from posttrain_backends._torch.learner import TorchLearner
     from posttrain_backends._torch.models.decoder import Decoder
     from posttrain_backends._torch.models.shape import Shape
@@ -75,6 +78,10 @@ class Torch:
     file: str = field(default="", metadata={"path": True})
     """`model.py:build`: your own module, `build(vocab_size) -> torch.nn.Module`, with `forward(tokens[S, T],
     positions[S, T]) -> hidden [S, T, H]` and `lm_head`. Sizes above do not apply to it."""
+    attention: Attention = "auto"
+    """How whole sequences are read. `auto` is `sdpa` on a CPU; on CUDA flash where it is installed and `precision` is
+    bf16, else `flex`, which both compute what answers share once and nothing for padding. It is compared with `eager`
+    before it is used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
@@ -99,6 +106,9 @@ class Torch:
         if self.hidden_size // self.heads % 2:
             raise ValueError(f"hidden_size / heads is {self.hidden_size // self.heads}, rotary positions need it even")
         self._check_experts()
+        require_attention(self.attention, self.device, self.precision)
+        if self.file and self.attention != "auto":
+            raise ValueError("attention is for the native transformer; a module from `file` computes its own")
         if self.file and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing is for the native transformer; a module from `file` uses "
                              "torch.utils.checkpoint itself")
@@ -142,9 +152,21 @@ class Torch:
         from posttrain_backends._torch.device import device_of
         from posttrain_backends._torch.models.decoder import Decoder
 
+        shape, device = self._shape(request.vocab_size), device_of(self.device, self.precision)
         return Decoder(
-            self._shape(request.vocab_size), seed=request.seed, device=device_of(self.device, self.precision),
-            precision=self.precision, gradient_checkpointing=self.gradient_checkpointing)
+            shape, seed=request.seed, device=device, precision=self.precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            attention=self._proved(shape, device, trained=request.optimization is not None))
+
+    def _proved(self, shape: Shape, device: torch.device, *, trained: bool) -> str:
+        """Name of the attention, compared with eager. Raises `ConfigError`."""
+        from posttrain_backends._torch.models.attention import fault_of
+        from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
+
+        require_device(self.attention, device.type, trained=trained)
+        return choose(self.attention, candidates(device.type, self.precision), lambda name: fault_of(
+            name, heads=shape.num_attention_heads, kv_heads=shape.num_key_value_heads, head_dim=shape.head_dim,
+            dtype=COMPUTE_DTYPE[self.precision], device=device, trained=trained))
 
     def _user_model(self, request: LoadRequest) -> UserModel:
         from posttrain_backends._torch.device import device_of

@@ -30,9 +30,11 @@ from transformers.utils import logging as transformers_logging
 from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
-from posttrain_backends._torch.models.hf import MASKED
+from posttrain_backends._torch.models.attention import BOUND, relative
+from posttrain_backends._torch.models.hf_attention import attending, read_with, switch
 from posttrain_backends._torch.models.hf_value import head_of
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
+from posttrain_backends.attention import choose, differs, raised, require_device
 from posttrain_backends.hf import source_of, unreachable
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def read_classifier(spec: HF | RewardModel, config: Any) -> tuple[Task, PreTrain
         raise ConfigError([f"{source} has an encoder and a decoder; classification models of that kind are not "
                            "supported, take a decoder or an encoder"])
     name, arguments = source_of(spec.weights, spec.model, spec.revision)
-    attention = None if spec.attention == "auto" else spec.attention
+    attention = read_with(spec.attention)
     try:
         module, loading = loader.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
@@ -109,7 +111,7 @@ def value_head_of(spec: HF | RewardModel) -> dict[str, Tensor]:
 def read_with_head(spec: HF | RewardModel, head: Mapping[str, Tensor]) -> PreTrainedModel:
     """A causal language model with a run's value head as a sequence-classification model. Raises `ConfigError` where
     transformers knows no such model of that architecture."""
-    attention, labels = None if spec.attention == "auto" else spec.attention, len(head["weight"])
+    attention, labels = read_with(spec.attention), len(head["weight"])
     try:
         with quiet():  # it reports that the output matrix is not used and the read-out is not there
             module, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -328,6 +330,7 @@ def load(spec: RewardModel, threads: int) -> LoadedRewardModel:
     if threads:
         torch.set_num_threads(threads)
     device = device_of(spec.device, spec.precision)
+    require_device(spec.attention, device.type, trained=False)
     task, module = read_classifier(spec, read_config(spec))
     name, arguments = source_of(spec.weights, spec.model, spec.revision)
     try:
@@ -338,10 +341,10 @@ def load(spec: RewardModel, threads: int) -> LoadedRewardModel:
         raise ConfigError([f"{type(tokenizer).__name__} of {name} does not tell where its tokens stand in a text, so "
                            "the answer's cannot be found; give the folder a tokenizer.json"])
     set_pad(task, module, tokenizer)
-    with probed(module):
-        reward = LoadedRewardModel(spec, task, module, tokenizer)
-        difference = padding_error(reward)
+    reward = LoadedRewardModel(spec, task, module, tokenizer)
+    difference = padding_error(reward)
     module.to(device, COMPUTE_DTYPE[spec.precision]).requires_grad_(False)
+    attend_by(reward, spec)
     if not difference <= TOLERANCE:
         log.warning("scores of %s change by %.1e of the largest where rows are padded, so rows are scored one by one, "
                     "which is slow", type(module).__name__, difference)
@@ -349,15 +352,26 @@ def load(spec: RewardModel, threads: int) -> LoadedRewardModel:
     return reward
 
 
-@contextmanager
-def probed(module: PreTrainedModel) -> Iterator[None]:
-    """Attention that computes in float32 and on the host, where probes run."""
-    chosen = module.config._attn_implementation
-    module.set_attn_implementation(chosen if chosen in MASKED else "sdpa")
+def attend_by(reward: LoadedRewardModel, spec: RewardModel) -> None:
+    """Give the model the attention that is named; `auto` leaves it the library's choice. Raises `ConfigError` where its
+    scores are not those of eager."""
+    if spec.attention != "auto":
+        switch(reward.module, choose(spec.attention, (), lambda name: fault_of(reward, name)))
+
+
+def fault_of(reward: LoadedRewardModel, name: str) -> str:
+    """What is wrong with scores of padded rows by this attention; empty where nothing is."""
+    rows = padded_rows(reward.module)
+    with attending(reward.module, "eager"):
+        expected = reward.logits(rows)
     try:
-        yield
-    finally:
-        module.set_attn_implementation(chosen)
+        with attending(reward.module, name):
+            found = reward.logits(rows)
+    except Exception as error:  # whatever a kernel that is not ours raises, of whatever library
+        return raised(error)
+    ends = [len(row) if expected.ndim == 3 else None for row in rows]  # scores of tokens, or one of the whole row
+    return differs(max(relative(a[:end], b[:end]) for a, b, end in zip(found, expected, ends, strict=True)),
+                   "scores", BOUND[reward.module.dtype])
 
 
 def set_pad(task: Task, module: PreTrainedModel, tokenizer: Any) -> None:
@@ -412,10 +426,15 @@ def probe_ids(module: PreTrainedModel, length: int) -> Tensor:
     return torch.tensor([ids], device=module.device)
 
 
+def padded_rows(module: PreTrainedModel) -> list[list[int]]:
+    """Ids of three rows of several lengths."""
+    ids = probe_ids(module, 7)[0].tolist()
+    return [ids, ids[:4], ids[2:3]]
+
+
 def padding_error(reward: LoadedRewardModel) -> float:
     """Largest difference between scores of rows padded in one batch and of each alone, relative to the largest."""
-    ids = probe_ids(reward.module, 7)[0].tolist()
-    rows = [ids, ids[:4], ids[2:3]]
+    rows = padded_rows(reward.module)
     alone, together = [reward.logits([row])[0] for row in rows], reward.logits(rows)
     padded = [x if x.ndim == 1 else x[:len(row)] for x, row in zip(together, rows, strict=True)]
     largest = max(float(x.abs().max()) for x in alone)

@@ -20,13 +20,15 @@ from posttrain_backends._torch.models.hf import (
     HFTrunk,
     adapted,
     attends_to_all,
-    packing_error,
     require_plain_head,
     tree_error,
 )
+from posttrain_backends._torch.models.hf_attention import read_with
 from posttrain_backends._torch.models.hf_mixture import choose_experts, with_routes
+from posttrain_backends._torch.models.hf_probe import attend_by
 from posttrain_backends._torch.models.hf_states import drawable, require_grouped_norm
 from posttrain_backends._torch.models.hf_value import HFValueModel, give_heads, require_causal_head
+from posttrain_backends.attention import require_device
 from posttrain_backends.hf import source_of, unreachable
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     if request.threads:
         torch.set_num_threads(request.threads)
     device = device_of(spec.device, spec.precision)
+    require_device(spec.attention, device.type, trained=request.optimization is not None)
     if not spec.weights.endswith(".gguf") and class_of(config := read_config(spec)) is not None:
         return load_critic(spec, config, request, device)
     causal = read(spec).to(device)
@@ -49,8 +52,8 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
                                  cache=spec.cache), spec)
     require_plain_head(model)
     require_rows(len(model.output_weight), request.vocab_size)
-    model.packed = packs(spec, model)
     model.trees = follows_trees(model)
+    attend_by(model, spec, trained=request.optimization is not None)
     learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
                            action_value_heads=request.action_value_heads, head_rows=spec.head_chunk,
                            comm=request.comm)
@@ -81,19 +84,19 @@ def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.devic
     model.value_head.requires_grad_(True)  # an adapter leaves all that is not its own alone
     require_causal_head(model, pooled=task == "sequence")
     require_rows(model.embeddings, request.vocab_size)
-    model.packed = packs(spec, model)
     model.trees = follows_trees(model)
+    attend_by(model, spec, trained=request.optimization is not None)
     return TorchLearner(model, optimization=request.optimization, comm=request.comm)
 
 
 def read(spec: HF) -> PreTrainedModel:
     """The module in float32, without dropout, on the host."""
     name, arguments = source_of(spec.weights, spec.model, spec.revision)
-    attention = None if spec.attention == "auto" else spec.attention
     generator = torch.get_rng_state()  # recurrent layers are drawn first, and then overwritten
     try:
         causal = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
+            name, dtype=torch.float32, attn_implementation=read_with(spec.attention),
+            trust_remote_code=spec.trust_remote_code,
             use_safetensors=True if "gguf_file" not in arguments else None, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(spec.weights or spec.model, error) from error
@@ -186,14 +189,3 @@ def follows_trees(model: HFTrunk) -> bool:
         return attends_to_all(model.causal.config) and tree_error(model) <= TOLERANCE
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):  # the module takes no such mask
         return False
-
-
-def packs(spec: HF, model: HFTrunk) -> bool:
-    """Whether sequences are packed; see `HF.packing`."""
-    if spec.packing == "never" or (spec.packing == "auto" and not spec.attention.startswith("flash")):
-        return False
-    error = packing_error(model)
-    if error > TOLERANCE and spec.packing == "always":
-        raise ConfigError([f"policy.packing: packed sequences of {type(model.causal).__name__} are not kept apart "
-                           f"(hidden states differ by {error:.1e} of the largest); set packing: never"])
-    return error <= TOLERANCE

@@ -82,6 +82,11 @@ class Layout:
             longest=int(lengths.max(initial=0)),
             blocks=tuple(_block(offsets, cells, first, group, device) for group in groups), inverse=inverse)
 
+    def own(self) -> np.ndarray:
+        """[S] on the host: how many tokens no earlier sequence holds; they are the last ones of each."""
+        sequence = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        return np.bincount(sequence[_first_cells(self.cells)], minlength=len(self.offsets) - 1)
+
     def rectangle(self) -> Block:
         """All sequences that hold a token as one block, [rows, longest]."""
         holding = np.flatnonzero(np.diff(self.offsets))

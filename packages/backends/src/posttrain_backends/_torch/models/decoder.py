@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.attention import ATTENTION, Attend
 from posttrain_backends._torch.models.config import config_of
 from posttrain_backends._torch.models.feedforward import (
     MLP,
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         return torch.cat([norm.weight.detach().expand(linear.out_features // self.head_dim, -1)
                           for norm, linear in ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj))])
 
-    def forward(self, x: Tensor, norm: Norm, rope: Rope, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: Norm, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         """[M, H] -> [M, H], keys and values [M, kv_heads, D]; reads `norm` of x."""
         linears = self.q_proj, self.k_proj, self.v_proj
         projected = norm.linears(x, *(linear.weight for linear in linears))
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         if self.has_rope:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        return self.o_proj(causal_attention(q, k, v, layout).flatten(1)), k, v
+        return self.o_proj(attend(q, k, v).flatten(1)), k, v
 
 
 class DecoderLayer(nn.Module):
@@ -86,8 +87,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, layout: Layout, routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn(x, self.input_layernorm, rope, layout)
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, routes: Routes) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(x, self.input_layernorm, rope, attend)
         x = x + attended
         return x + self.mlp(x, self.post_attention_layernorm, routes), k, v
 
@@ -116,13 +117,16 @@ class Decoder(nn.Module):
     """A decoder-only transformer on flat ragged tokens; see `CachedLanguageModel` for its interface.
 
     Parameters are float32 (float64 where `precision` says so); `bf16` computes the matrices in bfloat16 by autocast.
-    `gradient_checkpointing` keeps only the layers' inputs and computes the rest anew in the backward pass.
+    `gradient_checkpointing` keeps only the layers' inputs and computes the rest anew in the backward pass. `attention`
+    is how whole sequences are read, by its name in `attention.py`; what is drawn token by token has one of its own.
     """
 
     def __init__(self, shape: Shape, *, seed: int = 0, device: torch.device | str = "cpu",
-                 precision: Precision = "float32", gradient_checkpointing: bool = False) -> None:
+                 precision: Precision = "float32", gradient_checkpointing: bool = False,
+                 attention: str = "sdpa") -> None:
         super().__init__()
         self.shape, self.precision, self.gradient_checkpointing = shape, precision, gradient_checkpointing
+        self.attention = attention
         dtype = PARAMETER_DTYPE[precision]
         with torch.device("meta"):  # nothing is allocated or drawn twice
             self.model = Trunk(shape)
@@ -177,14 +181,14 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, layout: Layout, routes: Routes | None = None) -> Tensor:
         """[M] token ids -> [M, H] after the final norm; see `Routed.hidden`. Raises `ConfigError` beyond
         `max_position_embeddings`."""
-        routes = routes or Routes()
+        routes, attend = routes or Routes(), ATTENTION[self.attention](layout)
         with self.autocast():
             x, rope = self._embed(tokens, layout.positions, layout.longest)
             for layer in self.model.layers:
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x, _, _ = checkpoint(layer, x, rope, layout, routes, use_reentrant=False, preserve_rng_state=False)
+                    x, _, _ = checkpoint(layer, x, rope, attend, routes, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x, _, _ = layer(x, rope, layout, routes)
+                    x, _, _ = layer(x, rope, attend, routes)
             return cast(Tensor, self.model.norm(x))
 
     def save(self, folder: Path) -> None:
@@ -201,11 +205,11 @@ class Decoder(nn.Module):
     def prefill(self, tokens: Tensor, layout: Layout,
                 routes: Routes | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """[M] -> hidden [M, H], and the keys and values of each layer, [M, kv_heads, D]."""
-        keys, values, routes = [], [], routes or Routes()
+        keys, values, routes, attend = [], [], routes or Routes(), ATTENTION[self.attention](layout)
         with self.autocast():
             x, rope = self._embed(tokens, layout.positions, layout.longest)
             for layer in self.model.layers:
-                x, k, v = layer(x, rope, layout, routes)
+                x, k, v = layer(x, rope, attend, routes)
                 keys.append(k)
                 values.append(v)
             return self.model.norm(x), keys, values
@@ -321,16 +325,3 @@ def head_norm(x: Tensor, norm: Norm) -> Tensor:
     """The norm of each head of [M, heads, D], in the type of its weight."""
     normed: Tensor = norm(x.flatten(0, 1).to(norm.weight.dtype))
     return normed.view_as(x)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """q [M, heads, D], k and v [M, kv_heads, D] -> [M, heads, D], block by block."""
-    grouped = q.shape[1] != k.shape[1]
-    parts = []
-    for block in layout.blocks:
-        qb, kb, vb = (block.pad(x).transpose(1, 2) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, enable_gqa=grouped)
-        parts.append(block.unpad(attended.transpose(1, 2)))
-    if layout.inverse is None:
-        return parts[0] if parts else q
-    return torch.cat(parts).index_select(0, layout.inverse)

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from posttrain_backends._torch.layout import Block, Layout
+from posttrain_backends._torch.models.hf_attention import FLEX, additive_mask, block_mask
 from posttrain_backends._torch.models.hf_routers import named_as_in_files
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.trees import Forest, forest
@@ -85,20 +86,20 @@ class HFTrunk:
                     together: Tensor = self.run(tokens[None], layout.positions[None]).last_hidden_state
                 return together[0]
             if self.trees and (found := forest(layout, self._width)) is not None:
-                return self._over(found, tokens, layout)
+                return self.over(found, tokens, layout)
             parts = []
             for block in layout.blocks:
                 with self._over_block(block):
                     parts.append(block.unpad(self.run(block.pad(tokens)).last_hidden_state))
         return self._in_order(parts, layout)
 
-    def _over(self, trees: Forest, tokens: Tensor, layout: Layout) -> Tensor:
+    def over(self, trees: Forest, tokens: Tensor, layout: Layout) -> Tensor:
         """Hidden states where shared beginnings stand once in a row with all that continue them."""
         parts = []
         for block, sees in zip(trees.blocks, trees.masks, strict=True):
-            mask = torch.zeros(sees.shape, dtype=self.compute_dtype, device=self.device)
-            mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
-            with self._masked_attention(), self._over_block(block):
+            flex = self.causal.config._attn_implementation == FLEX
+            mask = block_mask(sees) if flex else additive_mask(sees, self.compute_dtype)
+            with nullcontext() if flex else self._masked_attention(), self._over_block(block):
                 out = self.run(block.pad(tokens), block.pad(layout.positions), attention_mask=mask)
             parts.append(block.unpad(out.last_hidden_state))
         return torch.cat(parts).index_select(0, trees.inverse)
@@ -219,9 +220,8 @@ class CachedHFModel(HFModel):
         used = slice(None) if rows is None else rows
         columns = int(positions.max()) + 1
         place = torch.arange(len(positions), device=positions.device)
-        beyond = torch.arange(columns, device=positions.device) > positions[:, None]
-        mask = torch.zeros(beyond.shape, dtype=self.compute_dtype, device=self.device)
-        mask.masked_fill_(beyond, torch.finfo(mask.dtype).min)
+        reached = torch.arange(columns, device=positions.device) <= positions[:, None]
+        mask = additive_mask(reached, self.compute_dtype)
         layers = [CacheRow(k[used], v[used], place, positions, columns)
                   for k, v in zip(cache.keys, cache.values, strict=True)]
         with self.autocast(), self._mode(), self._masked_attention():
@@ -365,7 +365,7 @@ def tree_error(model: HFTrunk) -> float:
     trees = forest(layout, 2**20)
     assert trees is not None, "two continuations of two tokens are cheaper together"
     with exactly(model):
-        together = model._over(trees, tokens, layout)
+        together = model.over(trees, tokens, layout)
         apart = [model.run(tokens[rows][None]).last_hidden_state[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 5, 6])]
     expected = torch.cat([apart[0], apart[1][2:]])
     return float((together - expected).abs().max() / expected.abs().max())

@@ -33,6 +33,7 @@ from posttrain_backends._torch.models.hf import (
     parameters_of,
     probe_tokens,
 )
+from posttrain_backends._torch.models.hf_attention import additive_mask
 from posttrain_backends._torch.models.interface import HybridCache, KVCache, Precision, StateCache
 
 log = logging.getLogger(__name__)
@@ -154,9 +155,8 @@ class _Stateful(HFModel):
 
     def _up_to(self, positions: Tensor, columns: int) -> Tensor:
         """[B, 1, 1, columns] 0 where a token sees, and the least number where it does not."""
-        beyond = torch.arange(columns, device=positions.device) > positions[:, None]
-        mask = torch.zeros(beyond.shape, dtype=self.compute_dtype, device=self.device)
-        return mask.masked_fill_(beyond, torch.finfo(mask.dtype).min)[:, None, None, :]
+        reached = torch.arange(columns, device=positions.device) <= positions[:, None]
+        return additive_mask(reached, self.compute_dtype)[:, None, None, :]
 
 
 @final
