@@ -8,6 +8,7 @@ from typing import Any
 import posttrain
 import pytest
 from integration.small import config, metrics, rise
+from posttrain.errors import ConfigError
 
 pytest.importorskip("torch")
 
@@ -56,3 +57,32 @@ def test_rewards_rise(tmp_path: Path) -> None:
     means = [row["reward/mean"] for row in metrics(tmp_path / "run")]
     difference, error = rise(means)
     assert difference > max(0.15, 4 * error) and sum(means[-10:]) / 10 > 0.8
+
+
+def written(folder: Path, **traits: Any) -> dict[str, Any]:
+    """A policy of transformers: its Mamba-2, tiny, in this folder."""
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8,
+             "state_size": 8, "n_groups": 1, "chunk_size": 16, "bos_token_id": None, "eos_token_id": 1,
+             "pad_token_id": 0}
+    transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **traits)).save_pretrained(folder)
+    return {"use": "hf", "weights": str(folder), "device": "cpu"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the library's own
+def test_a_run_of_transformers_mamba2_draws_what_it_trains(tmp_path: Path) -> None:
+    policy = written(tmp_path / "model")
+    posttrain.train(config(tmp_path / "run", policy=policy, update={"epochs": 2}), output="quiet")
+    found = metrics(tmp_path / "run")
+    assert len(found) == 6 and max(row["sampler/gap_max"] for row in found) < 1e-4
+    assert len({row["reward/mean"] for row in found}) > 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the library's own
+def test_a_run_that_would_not_draw_what_it_trains_does_not_begin(tmp_path: Path) -> None:
+    policy = written(tmp_path / "model", time_step_limit=(0.4, 1.5))
+    with pytest.raises(ConfigError, match="Set policy.cache: never"):
+        posttrain.train(config(tmp_path / "run", policy=policy), output="quiet")
+    changes = {"policy": {**policy, "cache": "never"}, "steps": 3, "update": {"epochs": 2}}
+    posttrain.train(config(tmp_path / "other", **changes), output="quiet")
+    assert max(row["sampler/gap_max"] for row in metrics(tmp_path / "other")) < 1e-4
