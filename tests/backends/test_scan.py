@@ -198,6 +198,23 @@ def test_a_named_kernel_without_cuda_is_refused_at_load(both):
     assert SSM(kernel="auto").load(LoadRequest(vocab_size=13)).model.scan is by_torch
 
 
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")  # the library's own, as it finds no GPU
+def test_what_fla_is_given_is_the_recurrence_in_its_own_plain_form(monkeypatch):
+    """Its reference in plain torch in the kernel's place, a sequence at a time."""
+    fla = pytest.importorskip("fla.ops.simple_gla")
+    from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+
+    def plain(q, k, v, g, scale, cu_seqlens, output_final_state):
+        lengths = cu_seqlens.diff().tolist()
+        found = [naive_recurrent_simple_gla(*part, scale=scale, output_final_state=True)
+                 for part in zip(*(x.split(lengths, dim=1) for x in (q, k, v, g)), strict=True)]
+        ys, states = zip(*found, strict=True)
+        return torch.cat(ys, dim=1), torch.cat(states) if output_final_state else None
+    monkeypatch.setattr(fla, "chunk_simple_gla", plain)
+    assert scan_error(by_fla, SHAPE, CPU) < 1e-5
+
+
 @pytest.mark.parametrize("kernel", FORMS)
 def test_the_installed_kernel_on_a_gpu(kernel):
     """The packages themselves, with a size of a real model."""
