@@ -1,4 +1,4 @@
-"""The same RL on five kinds of model: `examples/models`, each from its own short warm start on the task of the demo.
+"""The same RL on five kinds of model, by the files in `examples/addition`, each after a short warm start of its own.
 
 A run is shown to learn where the mean reward of the last quarter of its iterations is above the first by at least 0.15
 and by 4 standard errors, those of the means of two samples of iterations; that the reward rises within a quarter makes
@@ -25,11 +25,13 @@ from addition_runs import ACCURACY, ROOT, Task, history, train_all, write_data
 
 RUNS = ROOT / "runs" / "bench-architectures"
 
-KINDS: Mapping[str, str] = {"torch": "torch", "hf": "torch", "quantized": "torch", "moe": "moe", "ssm": "ssm"}
-"""Kind of model -> the one whose warm start it goes on from."""
+KINDS: Mapping[str, tuple[str, str]] = {"torch": ("rl.yaml", "torch"), "hf": ("hf.yaml", "torch"),
+                                        "quantized": ("qlora.yaml", "torch"), "moe": ("moe.yaml", "moe"),
+                                        "ssm": ("ssm.yaml", "ssm")}
+"""Kind of model -> its configuration, and whose warm start it goes on from."""
 WARM: Mapping[str, Sequence[str]] = {
-    "torch": (), "moe": ("policy={use: moe, max_positions: 32}",), "ssm": ("policy={use: ssm}",)}
-"""Settings of a warm start, as the files of `examples/models` say."""
+    "torch": (), "moe": ("policy={use: moe, max_positions: 32}",), "ssm": ("policy={use: ssm}", "steps=35")}
+"""Settings of a warm start, as the configurations say."""
 REWARD = "reward/mean"
 
 
@@ -40,7 +42,7 @@ def place(seed: int, kind: str) -> Path:
 
 def warm(seed: int, kind: str) -> Path:
     """The run directory of the warm start it goes on from."""
-    return RUNS / str(seed) / f"{KINDS[kind]}-sft"
+    return RUNS / str(seed) / f"{KINDS[kind][1]}-sft"
 
 
 def quarters(seed: int, kind: str) -> tuple[float, float, float]:
@@ -88,10 +90,10 @@ def main() -> None:
     options = parser.parse_args()
     write_data()
     seed = options.seed
-    warm_starts = {warm(seed, kind): WARM[KINDS[kind]] for kind in options.kinds}
+    warm_starts = {warm(seed, kind): WARM[KINDS[kind][1]] for kind in options.kinds}
     train_all(options.jobs, [Task("sft.yaml", folder, [f"seed={seed}", *settings])
                              for folder, settings in warm_starts.items()])
-    train_all(options.jobs, [Task(f"../models/{kind}.yaml", place(seed, kind), [
+    train_all(options.jobs, [Task(KINDS[kind][0], place(seed, kind), [
         f"seed={seed}", f"policy.weights={warm(seed, kind) / 'policy'}", "checkpoint.every=0"])
         for kind in options.kinds])
     print(table(seed, options.kinds))
