@@ -38,6 +38,7 @@ ABOUT = {"estimator": "estimators.md", "correction": "estimators.md", "objective
 
 FIELDS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("backend", "hf"): {"weights": "path/to/folder", "adapter": {"use": "lora", "rank": 16}},
+    ("backend", "quantized"): {"weights": "path/to/folder"},
     ("objective", "ppo"): {"clip_low": 0.2, "clip_high": 0.2},
     ("objective", "dr_grpo"): {"length": "${rollout.max_new_tokens}"},
     ("reward", "regex"): {"pattern": r"#### (\d+)", "answer_key": "answer", "which": "last"},
@@ -272,7 +273,8 @@ def _preset(registry: Registry, component: Component) -> Iterator[str]:
     if component.defaults:
         of = [_linked(c) for c in _same(registry, component) if not c.defaults]
         yield f"A preset{f' of {of[0]}' if of else ''} with " + _listed(
-            yaml.safe_dump({name: value}).strip() for name, value in component.defaults.items()) + "."
+            f"{name}: {yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
+            for name, value in component.defaults.items()) + "."
 
 
 def _same(registry: Registry, component: Component) -> list[Component]:

@@ -25,8 +25,9 @@ FRAMEWORKS = ("torch", "jax", "flax", "transformers", "onnx", "onnxruntime", "tr
 HEAVY = (*FRAMEWORKS, "scipy", "matplotlib", "tokenizers", "jinja2", "rich", "typer")
 IMPORTED_AS = {"pyyaml": "yaml", "mlflow-skinny": "mlflow"}
 """Distributions whose import name is not their own."""
-FOR_ANOTHER = {"alembic": "mlflow", "sqlalchemy": "mlflow", "gguf": "transformers"}
-"""Distributions that another one imports for us and does not bring: MLflow's database, GGUF files of transformers."""
+FOR_ANOTHER = {"alembic": "mlflow", "sqlalchemy": "mlflow", "gguf": "transformers", "accelerate": "transformers"}
+"""Distributions that another one imports for us and does not bring: MLflow's database, what transformers reads
+GGUF files and places quantised weights with."""
 
 WHERE_INSTALLED = {"backends": {"fla", "mamba_ssm"}}
 """Modules that are used where they are installed, and stand in no extra: kernels that only CUDA's compiler builds."""

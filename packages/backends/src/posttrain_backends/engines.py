@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from posttrain.data import FINISH, Prompt, Rollouts, Sampling, offsets_of
 from posttrain.errors import SHOWN, ConfigError, DataError, Diverged, PluginError, Problem
 from posttrain.protocols import Sampler, Scorer, Tokenizer
 from posttrain.tokenizers import prompt_ids
+
+from posttrain_backends.on_torch import require
+from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
+
+if TYPE_CHECKING:
+    from posttrain_backends._torch.learner import TorchLearner
 
 EOS, STOP, BUDGET = (FINISH.index(name) for name in ("eos", "stop", "budget"))
 _PARTIAL_CHARACTER = 3
@@ -38,6 +44,10 @@ class Batched:
     longest prompt and answer. 0 does not limit. A state-space model keeps none of them; `slots` limits its states."""
     prefill_tokens: int = 8192
     """Most prompt tokens of one forward pass; a single longer prompt is still one pass."""
+    quantize: Quantizer | None = None
+    """Draw for training from a copy of the policy (of `hf`) in `int8` or `nf4` (bitsandbytes), `int8_weight_only`,
+    `int8_dynamic` or `int4` (torchao), rounded anew after each update; the trainer corrects for it. Evaluation draws
+    from the policy itself."""
 
     def __post_init__(self) -> None:
         if self.slots < 0 or self.cache_tokens < 0:
@@ -45,6 +55,11 @@ class Batched:
                              f"{self.cache_tokens}")
         if self.prefill_tokens < 1:
             raise ValueError(f"prefill_tokens must be at least 1, got {self.prefill_tokens}")
+
+    @property
+    def approximates(self) -> bool:
+        """See `posttrain.protocols.Approximating`."""
+        return self.quantize is not None
 
     def start(self, policy: Scorer, tokenizer: Tokenizer, *, shared: bool) -> Sampler:
         """A sampler with the policy's weights. Raises `ConfigError` for a policy of another framework."""
@@ -60,7 +75,28 @@ class Batched:
                 [f"engine 'batched' decodes torch models; the policy is a {kind}"],
                 next_step="Take a torch policy (policy: torch), or an engine for this one (rollout.engine; all: "
                           "posttrain plugins engine).")
+        if self.quantize is not None:
+            require_quantizable(policy, self.quantize)
         return TorchSampler(policy, tokenizer, self, shared=shared)
+
+
+def require_quantizable(policy: TorchLearner, quantizer: Quantizer) -> None:
+    """Raise `ConfigError` or `PluginError` where no copy of the policy can be drawn from with such weights."""
+    require("rollout.engine.quantize", QUANTIZERS[quantizer].library, extra="quantized")
+    from posttrain_backends._torch.models.hf import HFModel
+    from posttrain_backends._torch.quantised import is_quantised
+
+    model: object = policy.trunk
+    if not isinstance(model, HFModel):
+        raise ConfigError(["rollout.engine.quantize: the layers of native models are joined while they decode, and not "
+                           "quantised; take policy: hf, which loads what they save, or leave quantize out"])
+    if is_quantised(model.causal):
+        raise ConfigError(["rollout.engine.quantize: the policy's weights are quantised already, and drawn from as "
+                           "they are; leave it out"])
+    try:
+        check_quantizer(quantizer, policy.device.type, trains=False)
+    except ValueError as error:
+        raise ConfigError([f"rollout.engine.{error}"]) from None
 
 
 @final

@@ -16,6 +16,7 @@ from posttrain.protocols import LoadRequest, Output, Tokenizer
 
 from posttrain_backends.attention import Attention, require_attention
 from posttrain_backends.on_torch import OUTPUTS, require
+from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -65,6 +66,10 @@ class HF:
     """Commit of that repository, 40 hexadecimal digits: branches and tags can move."""
     adapter: Lora | None = None
     """`{use: lora, rank: 16}` trains low-rank adapters and leaves the weights alone; null trains all weights."""
+    quantize: Quantizer | None = None
+    """Keep the weights of linear layers in `int8` or `nf4` (bitsandbytes), `int8_weight_only`, `int8_dynamic` or `int4`
+    (torchao); they stay as they are, and an `adapter` on them is trained. A folder that is quantised already says so
+    itself. The output matrix is left as it is."""
     attention: Attention = "auto"
     """`auto` is `sdpa` on a CPU; on CUDA flash where it is installed and `precision` is bf16, else `flex`. It is
     compared with `eager` when the model is loaded."""
@@ -101,6 +106,11 @@ class HF:
         if not 0 <= self.expert_bias_rate < math.inf:
             raise ValueError(f"expert_bias_rate must be a number from 0, got {self.expert_bias_rate}")
         require_attention(self.attention, self.device, self.precision)
+        if self.quantize is not None:
+            check_quantizer(self.quantize, self.device, trains=self.adapter is not None)
+            if self.weights.endswith(".gguf"):
+                raise ValueError("quantize: the weights of a GGUF file are unpacked to float32 and not rounded again; "
+                                 "take the model's safetensors, or leave quantize out")
 
     @property
     def framework(self) -> str:
@@ -110,10 +120,20 @@ class HF:
     def provides(self) -> frozenset[Output]:
         return OUTPUTS | ({Output.EXPERT_LOAD} if self.router_replay else set())
 
+    @property
+    def approximates(self) -> bool:
+        """Whether log-probs of drawing and of reading differ by more than the rounding of floats; see
+        `posttrain.protocols.Approximating`."""
+        return self.quantize is not None and QUANTIZERS[self.quantize].rounds_inputs
+
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
+        quantisers = [QUANTIZERS[self.quantize].library, "accelerate"] if self.quantize else []
         require("backend 'hf'", "torch", "transformers", *(["peft"] if self.adapter else []),
-                *(["gguf"] if self.weights.endswith(".gguf") else []))
+                *(["gguf"] if self.weights.endswith(".gguf") else []), *quantisers)
+        from posttrain_backends._torch.quiet import import_quietly
+
+        import_quietly("torchao", *(["bitsandbytes"] if self.adapter or self.quantize else []))
         from posttrain_backends._torch.hf_loading import load
 
         return load(self, request)

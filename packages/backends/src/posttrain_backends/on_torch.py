@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OUTPUTS = frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES, Output.ACTION_VALUES,
                      Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
 """Of every language model that a torch learner trains."""
-_EXTRAS = {"peft": "lora", "gguf": "gguf"}
+_EXTRAS = {"peft": "lora", "gguf": "gguf", **dict.fromkeys(("accelerate", "bitsandbytes", "torchao"), "quantized")}
 """Modules of an extra of their own."""
 
 

@@ -229,6 +229,7 @@ def _type(hint: Any) -> str:
     """An annotation as Python writes it, and what may be chosen where that does not say so."""
     text = re.sub(r"""('[^']*'|"[^"]*")|\b(?:[A-Za-z_]\w*\.)+([A-Z]\w*)""",  # no modules in front, but of strings
                   lambda found: found[1] or found[2], inspect.formatannotation(hint))
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)  # of an alias of a Literal
     chosen = isinstance(hint, type) and issubclass(hint, Enum)
     return f"{text}, one of {', '.join(map(_shown, hint))}" if chosen else text
 

@@ -24,6 +24,7 @@ from posttrain.fitting import (
     uncorrected,
 )
 from posttrain.loss import ExpertBalance, KLTerm, Measured, Sum, over_vocabulary
+from posttrain.off_policy import approximates
 from posttrain.progress import doing
 from posttrain.protocols import (
     Adapted,
@@ -208,10 +209,10 @@ def build(loaded: Loaded, workers: Pool | None = None, opened: tuple[Tokenizer, 
     if over_all and reference is not None:
         compare(policy, reference)
     engine = settings.rollout.engine if Output.LOGPROBS in policy.provides else Mute()
-    stale = settings.rollout.staleness > 0
+    apart = settings.rollout.staleness > 0 or approximates(engine)
     with importing(loaded, "rollout.engine"):
         evaluator = engine.start(policy, tokenizer, shared=True)
-        sampler = engine.start(policy, tokenizer, shared=False) if stale else evaluator
+        sampler = engine.start(policy, tokenizer, shared=False) if apart else evaluator
     if settings.loop == "rl":  # a row too long for the model would otherwise stop the run when its turn comes
         with doing("checking that every prompt fits the policy"):
             check_prompts(evaluator, source, settings)

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MappingProxyType
@@ -37,6 +37,7 @@ from posttrain.layers import (
     slots,
     where,
 )
+from posttrain.off_policy import DEFAULT_CORRECTION, needs_correction
 from posttrain.protocols import Need, RewardSource
 from posttrain.recipes import RECIPES
 from posttrain.registry import Registry, import_file
@@ -140,6 +141,9 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[str], registry: R
             reading.problems.append(Problem(f"{name} is not a key{hint}", where(marks, (name,))))
     builder = _Builder(registry, marks, tree, reading)
     settings = builder.settings(values)
+    if settings is not None and needs_correction(settings):
+        tree["correction"] = {"use": DEFAULT_CORRECTION}
+        settings = replace(settings, correction=builder.part("correction", tree["correction"], ("correction",)))
     if reading.problems or settings is None:
         title = f"{source if isinstance(source, Path) else 'the configuration'} cannot be run:"
         problems = _told(reading.problems, builder.beside)

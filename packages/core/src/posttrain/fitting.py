@@ -15,12 +15,13 @@ from posttrain.constrained import Bound, limits_of
 from posttrain.errors import ConfigError, PluginError, PosttrainError, Problem
 from posttrain.layers import slots
 from posttrain.loss import over_vocabulary
+from posttrain.off_policy import weighs
 from posttrain.protocols import Limited, Need, OffPolicy, Output
 from posttrain.registry import Registry
 from posttrain.schema import Settings
 from posttrain.shape import PROTOCOLS, misshapen
 from posttrain.supervised import PROVIDED
-from posttrain.trainer import KL_COST, SUM, optimiser_steps, ratio_to_sampler, sampling_of, weighs
+from posttrain.trainer import KL_COST, SUM, optimiser_steps, ratio_to_sampler, sampling_of
 
 _FOR_ESTIMATORS = frozenset({Need.VALUES, Need.ACTION_VALUES, Need.FINAL_SCORES, Need.GREEDY_REWARDS})
 """Columns that another part finds only where the estimator asks for them, too."""

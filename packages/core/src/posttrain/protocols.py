@@ -452,6 +452,18 @@ class Engine(Protocol):
     def start(self, policy: Scorer, tokenizer: Tokenizer, *, shared: bool) -> Sampler: ...
 
 
+@runtime_checkable
+class Approximating(Protocol):
+    """What an engine or a backend may be beside its kind: one that says whether log-probs are recorded while drawing
+    that differ from those of the trainer at the same weights by more than the rounding of floats, as where one of the
+    two has quantised weights. What is drawn so is never taken as drawn by the policy: where nothing else in a
+    configuration corrects for the sampler, core adds `correction: tis`. Answers for training then come from a sampler
+    that an engine of this kind starts with `shared=False`, those for evaluation from another one."""
+
+    @property
+    def approximates(self) -> bool: ...
+
+
 class Kernel(Protocol):
     """A faster form of an op of `ops.py`; must equal the reference."""
 

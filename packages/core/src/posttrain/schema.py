@@ -234,6 +234,8 @@ class Settings:
     reward_workers: RewardWorkerSettings = field(default_factory=RewardWorkerSettings)
     estimator: Any = part("estimator", "grpo")
     correction: Any = part("correction")
+    """Default: `tis` where answers are drawn with log-probs that are not the trainer's, as from quantised weights, and
+    nothing else corrects for it."""
     combiner: Any = part("combiner")
     """Runs the estimator once per reward column and mixes the advantages; absent: rewards are summed first."""
     gradient_combiner: Any = part("gradient_combiner")

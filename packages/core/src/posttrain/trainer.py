@@ -23,6 +23,7 @@ from posttrain.constrained import described as described_costs
 from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.loss import REFERENCE_KL
+from posttrain.off_policy import weighs
 from posttrain.protocols import (
     KL,
     Batching,
@@ -34,8 +35,6 @@ from posttrain.protocols import (
     Learner,
     Measuring,
     Need,
-    Objective,
-    OffPolicy,
     Output,
     PromptSource,
     Sampler,
@@ -90,7 +89,7 @@ class Parts:
     """The policy before training, where the reference moves."""
     sampler: Sampler
     evaluator: Sampler
-    """Samples with the current weights; the sampler itself unless that one lags behind."""
+    """Samples with the current weights; the sampler itself unless that one lags behind or approximates them."""
     rewards: tuple[RewardEntry, ...]
     workers: Pool
     """Calls the rewards; whoever built the parts enters and leaves it."""
@@ -266,11 +265,6 @@ def ratio_to_sampler(settings: Settings) -> bool:
     return {"auto": automatic, "behavior": True, "recompute": False}[settings.update.old_logprobs]
 
 
-def weighs(part: Estimator | Objective) -> bool:
-    """Whether its advantages, or its loss, carry the ratio to the sampler already."""
-    return isinstance(part, OffPolicy) and part.corrects_for_sampler
-
-
 def optimiser_steps(settings: Settings) -> int:
     """Optimiser steps of one rollout."""
     return settings.update.steps_per_rollout * settings.update.epochs
@@ -375,6 +369,8 @@ def resynced(parts: Parts, settings: Settings, state: RunState) -> None:
     parts.evaluator.sync(policy.params(), policy.version)
     if state.stale:
         parts.sampler.sync(state.stale[0].params.items(), state.stale[0].version)
+    elif parts.sampler is not parts.evaluator:
+        parts.sampler.sync(policy.params(), policy.version)
 
 
 def evaluate(parts: Parts, settings: Settings, phases: Phases) -> tuple[Metrics, Rollouts | None]:

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Protocol, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ from posttrain_backends.engines import (
     encode,
     uniforms,
 )
+from posttrain_backends.quantization import Quantizer
+
+if TYPE_CHECKING:
+    from posttrain_backends._torch.quantised_copy import QuantisedCopy
 
 
 @final
@@ -421,6 +425,15 @@ class Decoding:
                 column[target] = column[source]
 
 
+def quantised_copy(model: LanguageModel, quantizer: Quantizer) -> QuantisedCopy:
+    """See `QuantisedCopy`; imports transformers."""
+    from posttrain_backends._torch.models.hf import HFModel
+    from posttrain_backends._torch.quantised_copy import QuantisedCopy
+
+    assert isinstance(model, HFModel), "`engines.require_quantizable` sees to it"
+    return QuantisedCopy(model, quantizer)
+
+
 @final
 class TorchSampler:
     """A started engine on a torch model; a `Sampler`. Not shared, it keeps a copy of the model until `sync`."""
@@ -432,7 +445,8 @@ class TorchSampler:
                 next_step="Set policy.cache: never, which reads an answer anew for each of its tokens: slow, and what "
                           "is trained is what was drawn.")
         self._shared, self._tokenizer, self._engine = shared, tokenizer, engine
-        self._model = learner.model if shared else deepcopy(learner.model)
+        self._quantised = None if shared or engine.quantize is None else quantised_copy(learner.model, engine.quantize)
+        self._model = learner.model if shared else self._quantised.model if self._quantised else deepcopy(learner.model)
         self._version = learner.version
         self._most_rows = engine.slots or sys.maxsize
         self.usage = Usage(0, 0, 0, 0, 0)
@@ -440,7 +454,9 @@ class TorchSampler:
 
     def sync(self, params: Iterable[tuple[str, Array]], version: int) -> None:
         """Take the weights `params` (a shared model has them already) and number them `version`."""
-        if not self._shared:
+        if self._quantised is not None:
+            self._quantised.load(params)
+        elif not self._shared:
             given = ((name, torch.as_tensor(x)) for name, x in params)
             copy_named(given, self._model.state_dict(), "the weights given to the sampler")
         self._version = version

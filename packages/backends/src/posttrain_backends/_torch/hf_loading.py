@@ -16,11 +16,11 @@ from posttrain_backends._torch.hf_classifier import class_of, read_classifier, r
 from posttrain_backends._torch.learner import TorchLearner, require_no_action_values
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.hf import (
-    TOLERANCE,
     HFTrunk,
     adapted,
     attends_to_all,
     require_plain_head,
+    tolerance,
     tree_error,
 )
 from posttrain_backends._torch.models.hf_attention import read_with
@@ -28,6 +28,7 @@ from posttrain_backends._torch.models.hf_mixture import choose_experts, with_rou
 from posttrain_backends._torch.models.hf_probe import attend_by
 from posttrain_backends._torch.models.hf_states import drawable, require_grouped_norm
 from posttrain_backends._torch.models.hf_value import HFValueModel, give_heads, require_causal_head
+from posttrain_backends._torch.quantised import prepared, quantizer_of, reading, require_trainable
 from posttrain_backends.attention import require_device
 from posttrain_backends.hf import source_of, unreachable
 
@@ -46,6 +47,8 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     causal = read(spec).to(device)
     if spec.adapter is not None:
         add_adapter(causal, spec.adapter, request.seed)
+    if request.optimization is not None:
+        require_trainable(causal, own_adapter=spec.adapter is not None)
     require_grouped_norm(causal)
     choose_experts(causal, spec)
     model = with_routes(drawable(causal, spec.precision, gradient_checkpointing=spec.gradient_checkpointing,
@@ -64,6 +67,9 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
 
 def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.device) -> TorchLearner:
     """A classification model as a learner of values alone."""
+    if spec.quantize is not None or quantizer_of(config) is not None:
+        raise ConfigError([f"{spec.weights or spec.model}: a {config.architectures[0]} is trained with its read-out, "
+                           "and not quantised yet; leave quantize out, or take a causal language model"])
     require_no_action_values(request.action_value_heads,
                              f"{spec.weights or spec.model} is a {config.architectures[0]}, which")
     if spec.expert_bias_rate:
@@ -90,21 +96,21 @@ def load_critic(spec: HF, config: Any, request: LoadRequest, device: torch.devic
 
 
 def read(spec: HF) -> PreTrainedModel:
-    """The module in float32, without dropout, on the host."""
+    """The module in float32, or quantised, without dropout, on the host."""
     name, arguments = source_of(spec.weights, spec.model, spec.revision)
+    how = {"dtype": torch.float32} if "gguf_file" in arguments else reading(spec, read_config(spec))
     generator = torch.get_rng_state()  # recurrent layers are drawn first, and then overwritten
     try:
         causal = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=read_with(spec.attention),
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True if "gguf_file" not in arguments else None, **arguments)
+            name, attn_implementation=read_with(spec.attention), trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True if "gguf_file" not in arguments else None, **arguments, **how)
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(spec.weights or spec.model, error) from error
     torch.set_rng_state(generator)
     if spec.weights.endswith(".gguf"):
         causal = unpacked(causal)
     without_dropout(causal)
-    return causal.eval()
+    return prepared(causal.eval())
 
 
 def without_dropout(causal: PreTrainedModel) -> None:
@@ -134,6 +140,9 @@ def add_adapter(causal: PreTrainedModel, lora: Lora, seed: int, task: str = "CAU
     peft which layer is the read-out, which gets none."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    if adapted(causal):
+        raise ConfigError(["policy.adapter: these weights have an adapter already; go on in the run that trained it "
+                           "(posttrain resume), or take the weights it is on"])
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets,
                         task_type=task, bias="none")
@@ -186,6 +195,6 @@ def require_rows(rows: int, vocab_size: int) -> None:
 def follows_trees(model: HFTrunk) -> bool:
     """Whether prompts can be computed once for all their answers."""
     try:
-        return attends_to_all(model.causal.config) and tree_error(model) <= TOLERANCE
+        return attends_to_all(model.causal.config) and tree_error(model) <= tolerance(model.causal)
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):  # the module takes no such mask
         return False

@@ -37,6 +37,7 @@ from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.interface import (
     AdaptedLanguageModel,
+    Identified,
     LanguageModel,
     Rebalanced,
     Routed,
@@ -59,6 +60,8 @@ _MADE_WITH: Mapping[Output, str] = {
 """Outputs that a model gives only where something was asked for, and that in words."""
 _COUNTERS = ("version", "bad_steps", "steps")
 """Entries of `state` that are single numbers."""
+_FROZEN = "frozen_weights"
+"""Entry of `state` that tells the weights which it leaves out, where there are any."""
 _GRAMIAN_COLUMNS = 2**20
 """Gradient entries of one slot that `gramian` holds in float64 at a time."""
 
@@ -517,7 +520,13 @@ class TorchLearner:
         counters = (self._version, self._bad_steps, self._optimizer.steps if self._optimizer else 0)
         return {**{name: to_numpy(x).copy() for name, x in self._live()},
                 **{name: np.array(value, np.int64) for name, value in zip(_COUNTERS, counters)},
+                **self._frozen(),
                 **{f"random.{name}": to_numpy(x).copy() for name, x in _random_state(self.device).items()}}
+
+    def _frozen(self) -> dict[str, np.ndarray]:
+        """What tells the weights that `state` leaves out, by its name there."""
+        found = self.trunk.fingerprint() if isinstance(self.trunk, Identified) else None
+        return {} if found is None else {_FROZEN: to_numpy(found)}
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Continue exactly where `state` was taken. Raises `ConfigError` where it is another model's."""
@@ -530,8 +539,12 @@ class TorchLearner:
             if name in random and random[name].shape != own.shape:
                 raise ConfigError([f"random.{name} holds {len(random[name])} bytes, torch's generator {len(own)}"],
                                   title="the saved state is of another version of torch:")
+        if (frozen := self._frozen()).keys() & arrays.keys() and (frozen[_FROZEN] != arrays[_FROZEN]).any():
+            raise ConfigError(["the quantised weights are others than those that this adapter was trained on"],
+                              title="the saved state does not fit the model:",
+                              next_step="Put back the folder that policy.weights names as it was, or begin a new run.")
         tensors = ((name, torch.from_numpy(np.array(x))) for name, x in arrays.items()
-                   if name not in counters and not name.startswith("random."))
+                   if name not in (*counters, *frozen) and not name.startswith("random."))
         files.copy_named(tensors, dict(self._live()), "the saved state")
         self._version, self._bad_steps = counters["version"], counters["bad_steps"]
         if self._optimizer is not None:

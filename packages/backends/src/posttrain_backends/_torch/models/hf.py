@@ -25,6 +25,7 @@ from posttrain_backends._torch.layout import Block, Layout
 from posttrain_backends._torch.models.hf_attention import FLEX, additive_mask, block_mask
 from posttrain_backends._torch.models.hf_routers import named_as_in_files
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
+from posttrain_backends._torch.quantised import fingerprint, is_quantised, rounds_inputs, save_quantised
 from posttrain_backends._torch.trees import Forest, forest
 from posttrain_backends._torch.unadapted import switched_off
 
@@ -36,6 +37,8 @@ _LARGE_LOGIT = 1e3
 """Far above every soft cap."""
 TOLERANCE = 1e-4
 """Of the probes, in float32 and relative to the largest hidden state: what is not exact is far above it."""
+_ROUNDED = 0.1
+"""Of the probes where layers round their inputs to 8 bits."""
 
 
 class HFTrunk:
@@ -166,9 +169,17 @@ class HFTrunk:
         self.causal.requires_grad_(requires_grad)
         return self
 
+    def fingerprint(self) -> Tensor | None:
+        """Of weights that `state_dict` leaves out and the configuration names; see `Identified`."""
+        return fingerprint(self.causal) if self.has_adapter and is_quantised(self.causal) else None
+
     def save(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` loads; an adapter is merged into the weights it changes."""
-        self.causal.save_pretrained(folder, state_dict=merged(self.causal))
+        """Write a folder that `from_pretrained` loads; an adapter is merged into the weights it changes, and stands
+        beside them where they are quantised."""
+        if is_quantised(self.causal):
+            save_quantised(self.causal, folder)
+        else:
+            self.causal.save_pretrained(folder, state_dict=merged(self.causal))
 
 
 class HFModel(HFTrunk):
@@ -290,9 +301,9 @@ def adapted(causal: nn.Module) -> dict[str, Any]:
 
 def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each storage under the first of its names."""
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    first: dict[tuple[int | str, tuple[int, ...]], str] = {}  # tensors of torchao give 0 for their place
     return {name: t for name, t in tensors.items()
-            if first.setdefault((t.data_ptr(), tuple(t.shape)), name) == name}
+            if first.setdefault((t.data_ptr() or name, tuple(t.shape)), name) == name}
 
 
 def parameters_of(module: nn.Module) -> frozenset[str]:
@@ -315,12 +326,17 @@ def cached_or_not(causal: PreTrainedModel, precision: Precision, *, gradient_che
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as raised:
             reason = f"{type(raised).__name__}: {raised}"
         else:
-            if error <= TOLERANCE:
+            if error <= tolerance(causal):
                 return cached
             reason = f"hidden states differ by {error:.1e} of the largest"
     log.warning("%s is drawn from without a cache of keys and values, which is slow: %s",
                 type(causal).__name__, reason)
     return plain
+
+
+def tolerance(causal: PreTrainedModel) -> float:
+    """Of the probes of this module."""
+    return _ROUNDED if rounds_inputs(causal) else TOLERANCE
 
 
 def attends_to_all(config: Any) -> bool:

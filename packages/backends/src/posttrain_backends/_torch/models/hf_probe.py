@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.attention import relative
-from posttrain_backends._torch.models.hf import TOLERANCE, HFTrunk, exactly, packing_error, probe_tokens
+from posttrain_backends._torch.models.hf import HFTrunk, exactly, packing_error, probe_tokens, tolerance
 from posttrain_backends._torch.models.hf_attention import attending, switch
 from posttrain_backends._torch.models.interface import CachedLanguageModel
 from posttrain_backends._torch.trees import forest
@@ -73,10 +73,10 @@ def keeps_apart(model: HFTrunk, spec: HF, names: tuple[str, ...]) -> bool:
     if spec.packing == "never" or (spec.packing == "auto" and FLASH.isdisjoint(names)):
         return False
     error = packing_error(model)
-    if error > TOLERANCE and spec.packing == "always":
+    if error > tolerance(model.causal) and spec.packing == "always":
         raise ConfigError([f"policy.packing: packed sequences of {type(model.causal).__name__} are not kept apart "
                            f"(hidden states differ by {error:.1e} of the largest); set packing: never"])
-    return error <= TOLERANCE
+    return error <= tolerance(model.causal)
 
 
 def fault_of(model: HFTrunk, name: str, *, trained: bool) -> str:
@@ -93,7 +93,7 @@ def fault_of(model: HFTrunk, name: str, *, trained: bool) -> str:
         except Exception as error:  # whatever a kernel that is not ours raises, of whatever library
             return raised(error)
         for what, exact in expected.items():
-            bound = max(TOLERANCE, _ROUNDING * relative(nearby[what], exact))
+            bound = max(tolerance(model.causal), _ROUNDING * relative(nearby[what], exact))
             if wrong := differs(relative(found[what], exact), f"{what} of {case.what}", bound):
                 return wrong
     return ""

@@ -32,6 +32,7 @@ from posttrain_backends._torch.models.hf import (
     exactly,
     parameters_of,
     probe_tokens,
+    tolerance,
 )
 from posttrain_backends._torch.models.hf_attention import additive_mask
 from posttrain_backends._torch.models.interface import HybridCache, KVCache, Precision, StateCache
@@ -262,10 +263,10 @@ def _layers(config: Any) -> Sequence[Any]:
 def _refusal(model: _Stateful) -> str:
     """Why answers drawn with the model's cache would not be those it is trained on; empty where they are."""
     name = f"{type(model.causal).__name__} of transformers {transformers.__version__}"
-    if not (error := state_error(model)) <= TOLERANCE:
+    if not (error := state_error(model)) <= tolerance(model.causal):
         return (f"{name} computes other hidden states token by token than of whole sequences: they differ by "
                 f"{error:.1e} of the largest")
-    if (limit := step_limit(model)) and not (error := forced_limit_error(model)) <= TOLERANCE:
+    if (limit := step_limit(model)) and not (error := forced_limit_error(model)) <= tolerance(model.causal):
         return (f"{name} keeps its steps within {limit} (time_step_limit) in whole sequences, and does not token by "
                 f"token: hidden states differ by {error:.1e} of the largest where all steps meet the limit")
     return ""

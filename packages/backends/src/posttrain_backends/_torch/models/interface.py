@@ -155,6 +155,16 @@ class AdaptedLanguageModel(LanguageModel, Protocol):
 
 
 @runtime_checkable
+class Identified(Trunk, Protocol):
+    """A trunk that may have weights which no state holds, as nothing changes them: they are read from where the
+    configuration says."""
+
+    def fingerprint(self) -> Tensor | None:
+        """[32] uint8, equal for equal weights of this kind; None where the state holds all."""
+        ...
+
+
+@runtime_checkable
 class CachedLanguageModel(LanguageModel, Protocol):
     """A language model that can continue from cached keys and values."""
 
