@@ -348,6 +348,9 @@ class Optimization:
     """AdamW's moment decays."""
     eps: float = 1e-8
     """AdamW's denominator constant."""
+    moments: Literal["float32", "int8"] = "float32"
+    """`int8` keeps AdamW's moments of matrices with 4,096 numbers or more in 8 bits, by blocks (Dettmers et al. 2022,
+    arXiv 2110.02861): for learners of torch, by bitsandbytes."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
