@@ -85,11 +85,15 @@ def logprobs_of(causal, given=GIVEN) -> torch.Tensor:
 
 def shake(learner) -> None:
     """Move the adapter, so that it is no longer zero."""
+    shaken(learner, 0.05, only=".lora_")
+
+
+def shaken(learner, spread: float, only: str = "") -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in learner.model.named_parameters():
-            if ".lora_" in name:
-                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+            if only in name:
+                p.add_(spread * torch.randn(p.shape, generator=generator))
 
 
 class Likelihood:
@@ -278,6 +282,15 @@ def test_what_cannot_be_drawn_from_in_quantised_form_says_why(base, monkeypatch)
     monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"engine.quantize needs torchao.*backends\[quantized\]"):
         Batched(quantize="int8_dynamic").start(policy, Letters(), shared=False)
+
+
+def test_what_a_native_model_saved_is_quantised_by_the_library(tmp_path):
+    native = Torch(hidden_size=64, layers=2, heads=4, kv_heads=2, device="cpu").load(LoadRequest(V))
+    shaken(native, 0.1)
+    native.save(tmp_path)
+    plain = native.score(GIVEN, LOGPROBS, 1.0).logprobs
+    found = load(tmp_path, "int8_weight_only").score(GIVEN, LOGPROBS, 1.0).logprobs
+    assert 1e-4 < np.abs(found - plain).max() < 0.2
 
 
 def test_a_quantised_reference_of_a_plain_policy(base):

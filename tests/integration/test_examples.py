@@ -14,7 +14,7 @@ from posttrain import config
 from posttrain.fitting import check
 from posttrain.registry import discover
 
-SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
+SMOLLM2, ADDITION = (Path(__file__).parents[2] / "examples" / name for name in ("smollm2", "addition"))
 
 
 @pytest.mark.parametrize("name", ["grpo", "lora"])
@@ -26,6 +26,18 @@ def test_the_files_are_right(name, tmp_path):
     check(loaded)
     assert (loaded.settings.policy.adapter is not None) == (name == "lora")
     assert loaded.settings.tokenizer.eos == "<|im_end|>"
+
+
+def test_the_demo_on_weights_in_4_bits_is_right(tmp_path):
+    shutil.copytree(ADDITION, tmp_path / "examples" / "addition", ignore=shutil.ignore_patterns("data"))
+    (tmp_path / "examples" / "addition" / "data").mkdir()
+    for name in ("train", "held_out"):
+        (tmp_path / "examples" / "addition" / "data" / f"{name}.jsonl").write_text("")
+    (tmp_path / "runs" / "addition-sft" / "policy").mkdir(parents=True)
+    loaded = config.load(tmp_path / "examples" / "addition" / "qlora.yaml", [], discover())
+    check(loaded)
+    assert loaded.settings.policy.quantize == "nf4" and loaded.settings.policy.adapter is not None
+    assert len((ADDITION / "qlora.yaml").read_text().splitlines()) < 30
 
 
 @pytest.mark.slow

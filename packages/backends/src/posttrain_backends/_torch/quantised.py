@@ -171,13 +171,13 @@ def dequantised(layer: nn.Linear) -> Tensor:
     elif hasattr(weight, "SCB"):
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        found = int8_vectorwise_dequant(weight.data, _stored(layer)[1])
+        found = int8_vectorwise_dequant(weight.data, kept(layer)[1])
     else:
         found = weight.dequantize()
     return found.float()
 
 
-def _stored(layer: Any) -> list[Tensor]:
+def kept(layer: Any) -> list[Tensor]:
     """What a layer keeps in place of its weight: small integers, and scales."""
     weight = layer.weight
     if hasattr(weight, "quant_state"):
@@ -192,8 +192,8 @@ def fingerprint(causal: nn.Module) -> Tensor:
     sha = hashlib.sha256()
     for name, layer in sorted(quantised(causal).items()):
         sha.update(name.encode())
-        for kept in _stored(layer):
-            sha.update(kept.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for x in kept(layer):
+            sha.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
 
 
