@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from own_process import in_a_process
 from posttrain.errors import PluginError
-from posttrain_backends.kernels import recurrence
+from posttrain_backends.kernels import availability
 from posttrain_backends.kernels.recurrence import TritonRecurrence
 
 OFFSETS = np.array([0, 2, 3])
-
-
-def in_a_process(*arguments: str, **environ: str) -> None:
-    """Runs Python, whose Triton is not this process's, and fails with what it printed."""
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False,
-                          env={**clean, **environ})
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.needs("torch", "triton")
@@ -104,7 +94,7 @@ def test_it_supports_what_it_computes_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_without_triton_it_is_never_used_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrence, "_is_installed", lambda: False)
+    monkeypatch.setattr(availability, "is_installed", lambda: False)
     x = np.zeros(3, np.float32)
     assert not TritonRecurrence().supports(x, x, OFFSETS)
     with pytest.raises(PluginError, match=r"pip install 'posttrain-backends\[triton\]'"):

@@ -1,4 +1,4 @@
-"""The contract of kernels, kept by plain kernels of both ops in three frameworks: no package here has one yet."""
+"""The contract of kernels, kept by plain kernels of every op in three frameworks."""
 
 from __future__ import annotations
 
@@ -92,14 +92,64 @@ class PlainSums:
         return SUMS[self.framework](*args)
 
 
+def _numpy_log_softmax(z: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    from scipy.special import entr, log_softmax
+
+    log_p = log_softmax(z, axis=-1)
+    return np.stack([np.take_along_axis(log_p, chosen[:, None], -1)[:, 0], entr(np.exp(log_p)).sum(-1)])
+
+
+def _torch_log_softmax(z: Array, chosen: Array) -> Array:
+    torch = import_module("torch")
+    log_p = torch.log_softmax(z, -1)
+    p_log_p = log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0.0)
+    return torch.stack([log_p.gather(1, chosen[:, None])[:, 0], -p_log_p.sum(-1)])
+
+
+def _jax_log_softmax(z: Array, chosen: Array) -> Array:
+    jax = import_module("jax")
+    log_p = jax.nn.log_softmax(z)
+    p_log_p = jax.numpy.exp(log_p) * jax.numpy.where(log_p > -jax.numpy.inf, log_p, 0.0)
+    return jax.numpy.stack([jax.numpy.take_along_axis(log_p, chosen[:, None], -1)[:, 0], -p_log_p.sum(-1)])
+
+
+LOG_SOFTMAX = {"numpy": _numpy_log_softmax, "torch": _torch_log_softmax, "jax": _jax_log_softmax}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PlainLogSoftmax:
+    """Log-probs and entropies by the log-softmax that each framework brings."""
+
+    framework: Literal["numpy", "torch", "jax"] = "numpy"
+    """Whose arrays it takes."""
+
+    @property
+    def op(self) -> str:
+        return "selective_log_softmax"
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    def supports(self, *args: Array) -> bool:
+        return str(args[0].dtype).removeprefix("torch.") in ("float32", "float64")
+
+    def __call__(self, *args: Array) -> Array:
+        logits, chosen, temperature = args
+        return LOG_SOFTMAX[self.framework](logits / temperature, chosen)
+
+
 @hookimpl
 def components() -> Iterable[Component]:
     """This module is a plugin."""
     return [Component("kernel", "looped", f"{__name__}:LoopedRecurrence", "the recurrence as a loop"),
-            Component("kernel", "plain_sums", f"{__name__}:PlainSums", "segment sums")]
+            Component("kernel", "plain_sums", f"{__name__}:PlainSums", "segment sums"),
+            Component("kernel", "plain_log_softmax", f"{__name__}:PlainLogSoftmax", "log-probs and entropies")]
 
 
 class TestPlainKernels(KernelContract):
     components = (LoopedRecurrence(), LoopedRecurrence("torch"), PlainSums(), PlainSums(rows=False),
-                  PlainSums("torch"), PlainSums("jax"))
+                  PlainSums("torch"), PlainSums("jax"), PlainLogSoftmax(), PlainLogSoftmax("torch"),
+                  PlainLogSoftmax("jax"))
     plugins = (sys.modules[__name__],)

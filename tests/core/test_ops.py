@@ -22,6 +22,7 @@ from posttrain.ops import (
     segment_mean,
     segment_std,
     segment_sum,
+    selective_log_softmax,
     use_kernels,
     whiten,
 )
@@ -299,6 +300,56 @@ class TestOps:
     def test_refuses_what_is_no_array(self, other: object) -> None:
         with pytest.raises(TypeError, match="expected an array of NumPy, torch or JAX"):
             ops_of(other)
+
+
+class TestSelectiveLogSoftmax:
+    """Against p written out, one logit at a time."""
+
+    z = np.array([[1.0, -2.0, 0.5, 3.0], [0.0, -np.inf, 0.0, -np.inf], [80.0, 1e3, -1e3, 999.0], [-2.0, 5.0, 5.0, 5.0]])
+    chosen = np.array([2, 0, 3, 1])
+
+    def expected(self, temperature: float) -> tuple[list[float], list[float]]:
+        logprobs, entropies = [], []
+        for row, c in zip(self.z / temperature, self.chosen, strict=True):
+            total = sum(np.exp(x - max(row)) for x in row)
+            log_p = [x - max(row) - np.log(total) for x in row]
+            logprobs.append(log_p[c])
+            entropies.append(-sum(np.exp(x) * x for x in log_p if np.exp(x) > 0))
+        return logprobs, entropies
+
+    @every_framework
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
+    def test_equals_p_written_out(self, framework: str, temperature: float, dtype: str, tolerance: float) -> None:
+        with in_float64(framework):
+            z, chosen = FRAMEWORKS[framework](self.z.astype(dtype)), FRAMEWORKS[framework](self.chosen)
+            got = selective_log_softmax(z, chosen, temperature)
+            assert str(got.dtype).endswith(dtype)
+        np.testing.assert_allclose(to_numpy(got), self.expected(temperature), rtol=tolerance, atol=tolerance)
+        assert to_numpy(got)[0].max() <= 0
+
+    @pytest.mark.parametrize("half", HALVES)
+    def test_half_precision_is_computed_in_float32(self, half: str) -> None:
+        chosen = FRAMEWORKS[half.split()[0]](self.chosen)
+        got = selective_log_softmax(HALVES[half](self.z.astype(np.float32)), chosen)
+        assert str(got.dtype).endswith("float32")
+        np.testing.assert_allclose(to_numpy(got)[:, [0, 1, 3]], np.array(self.expected(1.0))[:, [0, 1, 3]], rtol=1e-6)
+
+    def test_it_is_differentiable(self) -> None:
+        torch = pytest.importorskip("torch")
+        z = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5))).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: selective_log_softmax(x, torch.tensor([4, 0, 2]), 0.7), z)
+
+    def test_a_logit_of_minus_infinity_has_no_gradient(self) -> None:
+        torch = pytest.importorskip("torch")
+        z = torch.from_numpy(self.z).requires_grad_()
+        selective_log_softmax(z, torch.from_numpy(self.chosen)).sum().backward()
+        assert z.grad.isfinite().all() and z.grad[1, [1, 3]].tolist() == [0.0, 0.0]
+
+    def test_a_kernel_may_replace_it(self) -> None:
+        before = selective_log_softmax(self.z, self.chosen)
+        with use_kernels([Toy("selective_log_softmax")]):
+            np.testing.assert_array_equal(selective_log_softmax(self.z, self.chosen), 10 * before)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output, Tokenizer
 
 from posttrain_backends.attention import Attention, require_attention
-from posttrain_backends.on_torch import OUTPUTS, require
+from posttrain_backends.on_torch import OUTPUTS, HeadKernel, require
 from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ class HF:
     """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
     head_chunk: int = 0
     """Rows of logits that exist at a time; 0 chooses by device and vocabulary."""
+    head_kernel: HeadKernel = "auto"
+    """What reads those logits and writes their gradient: `auto` is the kernel on CUDA where the extra `triton` is
+    installed, and torch's operations elsewhere; `torch` is always those, and `triton_head` refuses where it cannot be
+    used."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. The run's configuration records it."""
 

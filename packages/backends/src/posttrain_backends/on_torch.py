@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.errors import PluginError
 from posttrain.protocols import LoadRequest, Output
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 OUTPUTS = frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOTSTRAP_VALUES, Output.ACTION_VALUES,
                      Output.EXPECTED_ACTION_VALUES, Output.REFERENCE_KL})
 """Of every language model that a torch learner trains."""
+HeadKernel = Literal["auto", "triton_head", "torch"]
+"""Which form of the output head reads logits and writes their gradient; see `_torch/forms.py`."""
 _EXTRAS = {"peft": "lora", "gguf": "gguf", **dict.fromkeys(("accelerate", "bitsandbytes", "torchao"), "quantized")}
 """Modules of an extra of their own."""
 
@@ -32,18 +34,20 @@ def require(what: str, *modules: str, extra: str = "hf") -> None:
 
 
 def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeModel], weights: str,
-                   head_chunk: int) -> TorchLearner:
+                   head_chunk: int, head_kernel: HeadKernel = "auto") -> TorchLearner:
     """The learner of the model that `made` makes, with the weights and heads of the folder `weights`, if one is named.
-    Raises `ConfigError` where they do not fit."""
+    Raises `ConfigError` where they or the kernel do not fit, `PluginError` where the kernel is not installed."""
     import torch
 
+    from posttrain_backends._torch.forms import form_on
     from posttrain_backends._torch.learner import TorchLearner
 
     if request.threads:
         torch.set_num_threads(request.threads)
     model = made(request)
     learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
-                           action_value_heads=request.action_value_heads, head_rows=head_chunk, comm=request.comm)
+                           action_value_heads=request.action_value_heads, head_rows=head_chunk, comm=request.comm,
+                           form=form_on(model.output_weight, model.compute_dtype, head_kernel))
     if weights:
         model.load(Path(weights))
         learner.load_heads(Path(weights))

@@ -38,4 +38,7 @@ def components() -> Iterable[Component]:
         Component("kernel", "triton_recurrence", "posttrain_backends.kernels.recurrence:TritonRecurrence",
                   "the recurrence behind returns and advantages, for CUDA tensors", extra="triton",
                   source="Blelloch 1990, Prefix sums and their applications"),
+        Component("kernel", "triton_head", "posttrain_backends.kernels.head:TritonHead",
+                  "log-probs and entropies of logits and their gradient in place, for CUDA tensors", extra="triton",
+                  source="Milakov & Gimelshein 2018, arXiv 1805.02867"),
     )

@@ -14,7 +14,7 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
-from posttrain_backends.on_torch import OUTPUTS, native_learner, require
+from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,10 @@ class Torch:
     """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
     head_chunk: int = 0
     """Rows of logits that exist at a time; 0 chooses by device and vocabulary."""
+    head_kernel: HeadKernel = "auto"
+    """What reads those logits and writes their gradient: `auto` is the kernel on CUDA where the extra `triton` is
+    installed, and torch's operations elsewhere; `torch` is always those, and `triton_head` refuses where it cannot be
+    used."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "kv_heads", "max_positions"):
@@ -139,7 +143,7 @@ class Torch:
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'torch'", "torch", extra="torch")
-        return native_learner(request, self._model, self.weights, self.head_chunk)
+        return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel)
 
     def _model(self, request: LoadRequest) -> Decoder | UserModel:
         import torch

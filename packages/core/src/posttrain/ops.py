@@ -1,7 +1,8 @@
 """The few array operations that everything else is arithmetic around, in NumPy, torch and JAX.
 
 Two of them carry the library: `reverse_recurrence`, which is every return and advantage recursion, and `segment_sum`,
-which is every statistic of a group or an episode. A kernel may replace either (`use_kernels`); nothing else changes.
+which is every statistic of a group or an episode. A third, `selective_log_softmax`, is what a policy's logits say of
+its actions. A kernel may replace each (`use_kernels`); nothing else changes.
 Imports no framework: an array that arrives has loaded its own. Knows nothing about episodes beyond their offsets.
 """
 
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, final
 
 import numpy as np
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # protocols.py imports this module
     from posttrain.protocols import Kernel
 
 Framework = Literal["numpy", "torch", "jax"]
+K = TypeVar("K", bound="Kernel")
 
 
 @final
@@ -127,6 +129,28 @@ def whiten(x: Array, keep: np.ndarray | None = None) -> Array:
     ids = (~keep).astype(np.int64)
     scale = xp.sqrt(segment_std(x, ids, 2, ddof=1)[0] ** 2 + 1e-8)
     return xp.where(like(keep, x), segment_deviation(x, ids, 2) / scale, 0.0)
+
+
+def selective_log_softmax(logits: Array, chosen: Array, temperature: float = 1.0) -> Array:
+    """log p(chosen) and the entropy of p = softmax(logits / temperature): logits [N, V], chosen [N] -> [2, N].
+
+    In float32 or better, differentiable in the logits; log-probs are at most 0. A logit of -inf is a probability of 0.
+
+    >>> selective_log_softmax(np.array([[0.0, 0.0, -np.inf]]), np.array([1])).round(4)
+    array([[-0.6931],
+           [ 0.6931]])
+    """
+    kernel = _kernel("selective_log_softmax", framework_of(logits), logits, chosen, temperature)
+    if kernel is not None:
+        return kernel(logits, chosen, temperature)
+    ops, z = ops_of(logits), widen(logits) / temperature
+    xp = ops.xp
+    below = z - ops.stop_gradient(xp.max(z, axis=-1, keepdims=True))  # the largest is 0, so nothing overflows
+    q = xp.exp(below)
+    total = xp.sum(q, axis=-1)
+    logprobs = xp.take_along_axis(below, chosen[:, None], axis=-1)[:, 0] - xp.log(total)
+    entropy = xp.log(total) - xp.sum(q * xp.where(q > 0, below, 0.0), axis=-1) / total
+    return xp.stack([logprobs, entropy])
 
 
 def reverse_recurrence(decay: Array | float, x: Array, offsets: np.ndarray) -> Array:
@@ -241,10 +265,11 @@ _kernels: ContextVar[tuple[Kernel, ...]] = ContextVar("kernels", default=())
 
 @contextmanager
 def use_kernels(kernels: Iterable[Kernel]) -> Iterator[None]:
-    """Within the block, `reverse_recurrence` and `segment_sum` use the first of these that fits.
+    """Within the block, `reverse_recurrence`, `segment_sum` and `selective_log_softmax` use the first of these that
+    fits.
 
-    A kernel is called as `(decay[N], x[N], offsets[E+1])`, both columns of one dtype, or as `(x, ids, n)`. Its `device`
-    is `cpu`, or torch's or JAX's own name of the accelerator.
+    A kernel is called as `(decay[N], x[N], offsets[E+1])`, both columns of one dtype, as `(x, ids, n)`, or as
+    `(logits[N, V], chosen[N], temperature)`. Its `device` is `cpu`, or torch's or JAX's own name of the accelerator.
     """
     token = _kernels.set(tuple(kernels))
     try:
@@ -255,7 +280,12 @@ def use_kernels(kernels: Iterable[Kernel]) -> Iterator[None]:
 
 def _kernel(op: str, framework: Framework, *args: Any) -> Kernel | None:
     kernels = _kernels.get()
-    device = _device_of(framework, args[0]) if kernels else ""
+    return fitting(kernels, op, framework, *args) if kernels else None
+
+
+def fitting(kernels: Iterable[K], op: str, framework: Framework, *args: Any) -> K | None:
+    """The first of these whose op, framework and device are those of a call, and which supports its arguments."""
+    device = _device_of(framework, args[0])
     return next((k for k in kernels if (k.op, k.framework, k.device) == (op, framework, device) and k.supports(*args)),
                 None)
 

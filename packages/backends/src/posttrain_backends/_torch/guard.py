@@ -17,7 +17,7 @@ SAMPLED = 8
 """Rows of a comparison, spread evenly."""
 
 _ADVICE = ("Training stops, since the gradient would be wrong too. This is a fault of the head or of the machine: try "
-           "another policy.head_chunk or precision, and report it.")
+           "policy.head_kernel=torch, another policy.head_chunk or precision, and report it.")
 
 
 @torch.no_grad()

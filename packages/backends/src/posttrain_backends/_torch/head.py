@@ -7,7 +7,8 @@ while they exist, so a step costs what logits in memory would, 6NHV operations; 
 `chosen_logprobs` and `compared_logprobs` are differentiated by autograd, whatever the loss: the backward pass computes
 each chunk's logits anew, 8NHV, and the last chunk is kept. A model to compare with adds the product of its own logits,
 once or twice, and one array of one chunk. Rows whose gradient is zero take part in no product of the gradient.
-Knows no model and no loss.
+How a chunk's logits are read and their gradient written is a `Form`: torch's operations, or a kernel. Knows no model
+and no loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain_backends._torch.logits import Reading, Slopes, read, write_gradient
+from posttrain_backends._torch.logits import PLAIN, Form, Reading, Slopes, gathered
 
 CHUNK_CELLS: Mapping[str, int] = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one chunk by device type: every chunk reads the output matrix and its gradient once more, so fewer rows
@@ -45,7 +46,8 @@ class Readout:
 
 
 def chosen_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, *, temperature: float = 1.0, rows: int = 0,
-                    entropy: bool = False, compute: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+                    entropy: bool = False, compute: torch.dtype | None = None,
+                    form: Form = PLAIN) -> tuple[Tensor, Tensor | None]:
     """log p(chosen) and, where asked, the entropy of p = softmax(hidden @ weight.T / temperature).
 
     hidden [N, H], weight [V, H], chosen [N] -> logprobs [N] (at most 0) and entropy [N], in float32, or float64 where
@@ -54,13 +56,13 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, *, temperatu
     """
     rows = rows or chunk_rows(len(weight), weight.device)
     logprobs, entropies, _ = _ChosenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype, None, None, None)
+        hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype, form, None, None, None)
     return logprobs, entropies
 
 
 def compared_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, reference: Readout, *, temperature: float = 1.0,
-                      rows: int = 0, entropy: bool = False,
-                      compute: torch.dtype | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+                      rows: int = 0, entropy: bool = False, compute: torch.dtype | None = None,
+                      form: Form = PLAIN) -> tuple[Tensor, Tensor | None, Tensor]:
     """What `chosen_logprobs` gives, and KL(p || q) = sum_a p_a (log p_a - log q_a) of each row over the whole
     vocabulary, q = softmax(reference.hidden @ reference.weight.T / temperature).
 
@@ -69,7 +71,7 @@ def compared_logprobs(hidden: Tensor, weight: Tensor, chosen: Tensor, reference:
     """
     rows = rows or chunk_rows(len(weight), weight.device)
     logprobs, entropies, kl = _ChosenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype,
+        hidden, weight, chosen, float(temperature), rows, entropy, compute or weight.dtype, form,
         reference.hidden, reference.weight, reference.compute)
     return logprobs, entropies, kl
 
@@ -121,7 +123,7 @@ LossOfRows = Callable[[slice, Reading], Slopes]
 @torch.no_grad()
 def walk(hidden: Tensor, weight: Tensor, chosen: Tensor, loss: LossOfRows, *, d_weight: Tensor | None = None,
          reference: Readout | None = None, temperature: float = 1.0, rows: int = 0, entropy: bool = False,
-         compute: torch.dtype | None = None) -> tuple[Reading, Tensor | None]:
+         compute: torch.dtype | None = None, form: Form = PLAIN) -> tuple[Reading, Tensor | None]:
     """What `compared_logprobs` says of all rows, and the gradient in `hidden` of a loss that is a sum over rows, in one
     pass: `loss` is asked about a chunk while its logits exist, so they are computed once.
 
@@ -130,10 +132,10 @@ def walk(hidden: Tensor, weight: Tensor, chosen: Tensor, loss: LossOfRows, *, d_
     reference two, in the type they are multiplied in.
     """
     rows, readings, found = rows or chunk_rows(len(weight), weight.device), [], False
-    gradients = _Gradients(hidden, weight.to(compute or weight.dtype), chosen, temperature,
+    gradients = _Gradients(hidden, weight.to(compute or weight.dtype), chosen, temperature, form,
                            torch.zeros_like(hidden) if hidden.requires_grad else None, d_weight)
     for part, z, z_ref in _chunks(hidden, gradients.matrix, reference, _parts(len(hidden), rows)):
-        reading = read(z, chosen[part], temperature, entropy=entropy, reference=z_ref)
+        reading = form.read(z, chosen[part], temperature, entropy=entropy, reference=z_ref)
         readings.append(reading)
         found |= gradients.add(part, z, z_ref, reading, loss(part, reading))
     return Reading.concat(readings), gradients.d_hidden if found else None
@@ -144,13 +146,14 @@ class _ChosenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, chosen: Tensor, temperature: float, rows: int, entropy: bool,
-                compute: torch.dtype, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                compute: torch.dtype, form: Form, ref_hidden: Tensor | None, ref_weight: Tensor | None,
                 ref_compute: torch.dtype | None) -> tuple[Tensor | None, ...]:
         ctx.temperature, ctx.rows, ctx.compute, ctx.ref_compute = temperature, rows, compute, ref_compute
+        ctx.form = form
         ctx.set_materialize_grads(False)
         reference, readings = _readout(ref_hidden, ref_weight, ref_compute), []
         for part, z, z_ref in _chunks(hidden, weight.to(compute), reference, _parts(len(hidden), rows)):
-            readings.append(read(z, chosen[part], temperature, entropy=entropy, reference=z_ref))
+            readings.append(form.read(z, chosen[part], temperature, entropy=entropy, reference=z_ref))
         reading = Reading.concat(readings)
         ctx.save_for_backward(hidden, weight, chosen, ref_hidden, ref_weight, z, z_ref, *reading)
         return reading.logprobs, reading.entropy, reading.kl
@@ -160,7 +163,7 @@ class _ChosenLogProbs(torch.autograd.Function):
         hidden, weight, chosen, ref_hidden, ref_weight, last, last_ref, *columns = ctx.saved_tensors
         reading, by = Reading(*columns), Slopes(*grads)
         gradients = _Gradients(
-            hidden, weight.to(ctx.compute), chosen, ctx.temperature,
+            hidden, weight.to(ctx.compute), chosen, ctx.temperature, ctx.form,
             torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None,
             torch.zeros_like(weight) if ctx.needs_input_grad[1] else None)
         reference = None if by.kl is None else _readout(ref_hidden, ref_weight, ctx.ref_compute)
@@ -168,7 +171,7 @@ class _ChosenLogProbs(torch.autograd.Function):
         # the last chunk was kept, so one never recurs; it is copied, since slots run the backward pass again
         for part, z, z_ref in _chunks(hidden, gradients.matrix, reference, parts, (last, last_ref)):
             gradients.add(part, z, z_ref, reading.at(part), by.at(part))
-        return gradients.d_hidden, gradients.d_weight, *[None] * 8
+        return gradients.d_hidden, gradients.d_weight, *[None] * 9
 
 
 @final
@@ -180,6 +183,7 @@ class _Gradients:
     matrix: Tensor
     chosen: Tensor
     temperature: float
+    form: Form
     d_hidden: Tensor | None
     """[N, H], zero in rows that are not there yet."""
     d_weight: Tensor | None
@@ -191,13 +195,14 @@ class _Gradients:
         if not slopes or (self.d_hidden is None and self.d_weight is None):
             return False
         # a row that is not finite has no gradient of zero, whatever its slope: it must reach the check of the step
-        alive = torch.stack([~reading.lse.isfinite(), *slopes]).any(0).nonzero()[:, 0]
+        alive = gathered(torch.stack([~reading.lse.isfinite(), *slopes]).any(0))
         if len(alive) == 0:
             return False
         kept = None if len(alive) == len(z) else alive
         by = Slopes(*(None if slope is None or not bool(slope.any()) else slope for slope in by))
         hidden = self.hidden[part] if kept is None else self.hidden[part][kept]
-        d_logits = write_gradient(z, self.chosen[part], reading, by, self.temperature, reference=z_ref, kept=kept)
+        d_logits = self.form.write_gradient(z, self.chosen[part], reading, by, self.temperature, reference=z_ref,
+                                            kept=kept)
         if self.d_hidden is not None:
             self.d_hidden[part][slice(None) if kept is None else kept] = (d_logits @ self.matrix).to(hidden.dtype)
         if self.d_weight is not None:

@@ -12,6 +12,7 @@ from posttrain.protocols import LoadRequest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from posttrain_backends._torch.device import device_of
+from posttrain_backends._torch.forms import form_on
 from posttrain_backends._torch.hf_classifier import class_of, read_classifier, read_config
 from posttrain_backends._torch.learner import TorchLearner, require_no_action_values
 from posttrain_backends._torch.models import files
@@ -59,7 +60,8 @@ def load(spec: HF, request: LoadRequest) -> TorchLearner:
     attend_by(model, spec, trained=request.optimization is not None)
     learner = TorchLearner(model, optimization=request.optimization, value_heads=request.value_heads,
                            action_value_heads=request.action_value_heads, head_rows=spec.head_chunk,
-                           comm=request.comm)
+                           comm=request.comm,
+                           form=form_on(model.output_weight, model.compute_dtype, spec.head_kernel))
     if spec.weights:
         learner.load_heads(Path(spec.weights))
     return learner

@@ -33,6 +33,7 @@ from posttrain_backends._torch.head import (
     walk,
 )
 from posttrain_backends._torch.layout import Layout, offsets_of_tokens
+from posttrain_backends._torch.logits import PLAIN, Form
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.interface import (
@@ -98,9 +99,9 @@ _SCORING_ONLY = frozenset({Output.EXPECTED_ACTION_VALUES})
 class TorchLearner:
     """See `posttrain.protocols.Learner`. Without `optimization` it scores only and holds no gradients and no moments.
 
-    `head_rows` are the rows of one chunk of logits, 0 for as many as suit the device; gradients are summed over the
-    ranks of `comm`, whose learners hold equal weights. A model of values alone brings its own value head, and has no
-    action values: those are averaged under the model's own policy.
+    `head_rows` are the rows of one chunk of logits, 0 for as many as suit the device, and `form` is what reads them;
+    gradients are summed over the ranks of `comm`, whose learners hold equal weights. A model of values alone brings its
+    own value head, and has no action values: those are averaged under the model's own policy.
 
     An action-value head is a matrix [V, H] and a bias [V] on the trunk's last hidden state, one beside the other for
     each of `action_value_heads` reward columns; as much to train as an output matrix each. It begins at 0, as a value
@@ -109,12 +110,12 @@ class TorchLearner:
 
     def __init__(self, model: LanguageModel | ValueModel, *, optimization: Optimization | None = None,
                  value_heads: int = 0, action_value_heads: int = 0, head_rows: int = 0,
-                 comm: Comm = SingleProcess()) -> None:
+                 comm: Comm = SingleProcess(), form: Form = PLAIN) -> None:
         self._language = None if isinstance(model, ValueModel) else model
         self.trunk: Trunk = model
         weight = model.value_head.weight if isinstance(model, ValueModel) else model.output_weight
         self.device, self._dtype = weight.device, weight.dtype
-        self._head_rows, self._version = head_rows, 0
+        self._head_rows, self._form, self._version = head_rows, form, 0
         self.value_head = model.value_head if isinstance(model, ValueModel) else _zero_head(value_heads, weight)
         if self._language is None:
             require_no_action_values(action_value_heads, "this model")
@@ -225,11 +226,11 @@ class TorchLearner:
         if reference is not None:
             logprobs, entropy, reference_kl = compared_logprobs(
                 before, self.model.output_weight, actions.chosen, reference, temperature=temperature,
-                rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype)
+                rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype, form=self._form)
         elif outputs & {Output.LOGPROBS, Output.ENTROPY}:
             logprobs, entropy = chosen_logprobs(
                 before, self.model.output_weight, actions.chosen, temperature=temperature,
-                rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype)
+                rows=self._head_rows, entropy=with_entropy, compute=self.trunk.compute_dtype, form=self._form)
         if outputs & READ:
             self._check_head(before, actions.chosen, logprobs, entropy, temperature)
         last = hidden[actions.last]
@@ -372,7 +373,8 @@ class TorchLearner:
         d_weight = torch.zeros_like(weight) if own is None and weight.requires_grad else own
         reading, d_before = walk(
             before, weight, actions.chosen, loss, d_weight=d_weight, reference=reference, temperature=batch.temperature,
-            rows=self._head_rows, entropy=Output.ENTROPY in objective.outputs, compute=self.trunk.compute_dtype)
+            rows=self._head_rows, entropy=Output.ENTROPY in objective.outputs, compute=self.trunk.compute_dtype,
+            form=self._form)
         self._check_head(before, actions.chosen, reading.logprobs, reading.entropy, batch.temperature)
         gradients = [(before, d_before), (weight, d_weight if own is None else None),
                      *((x, loss.d_beside[name]) for name, x in beside.items())]

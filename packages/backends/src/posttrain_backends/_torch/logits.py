@@ -5,13 +5,14 @@ c chosen: log p(c) = l_c, H = -sum(p l), K = sum(p (l - l')). Their gradients in
 -p_j (l_j + H) and p_j (l_j - l'_j - K).
 
 A few rows are looked at together, so that what is made of them stays near the cache and nothing as large as the logits
-is allocated. Knows no output matrix and no loss.
+is allocated. `read` and `write_gradient` are a `Form`, `PLAIN`; kernels are others, held against it. Knows no output
+matrix and no loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -56,34 +57,13 @@ class Reading(NamedTuple):
                        *(None if column[0] is None else torch.cat(column) for column in others))
 
 
-def logprobs_of(logits: Tensor, chosen: Tensor, *, temperature: float = 1.0,
-                entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """log p(chosen) and, where asked, the entropy of p = softmax(logits / temperature): logits [N, V] that are finite,
-    chosen [N] -> [N] and [N], in float32, or float64 where the logits are. Both are differentiable.
+class Form(Protocol):
+    """Somebody's `read` and `write_gradient`: what they compute is said at those of this module."""
 
-    The backward pass writes the gradient over the logits, in their own type, so no second [N, V] array exists; it can
-    run once. Where it runs twice, or another operation needs the logits for its own gradient, torch raises.
-    """
-    logprobs, entropies = _OfLogits.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        logits, chosen, temperature, entropy)
-    return logprobs, entropies
-
-
-class _OfLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, chosen: Tensor, temperature: float,
-                entropy: bool) -> tuple[Tensor, Tensor | None]:
-        reading = read(logits, chosen, temperature, entropy=entropy)
-        ctx.save_for_backward(logits, chosen, *reading)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return reading.logprobs, reading.entropy
-
-    @staticmethod
-    def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, chosen, *columns = ctx.saved_tensors
-        gradient = write_gradient(logits.detach(), chosen, Reading(*columns), Slopes(*by), ctx.temperature)
-        return gradient, None, None, None
+    def read(self, logits: Tensor, chosen: Tensor, temperature: float = 1.0, *, entropy: bool = False,
+             reference: Tensor | None = None) -> Reading: ...
+    def write_gradient(self, logits: Tensor, chosen: Tensor, reading: Reading, by: Slopes, temperature: float = 1.0, *,
+                       reference: Tensor | None = None, kept: Tensor | None = None) -> Tensor: ...
 
 
 def read(logits: Tensor, chosen: Tensor, temperature: float = 1.0, *, entropy: bool = False,
@@ -97,18 +77,34 @@ def write_gradient(logits: Tensor, chosen: Tensor, reading: Reading, by: Slopes,
                    reference: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
     """The gradient of logits [n, V] from that of what they say, `by`, written over them -> [n, V].
 
-    With `kept`, rising numbers of m rows, it is that of those rows alone, and takes the first m rows -> [m, V].
+    With `kept`, numbers of m rows, it is that of those rows alone, and takes the first m rows -> [m, V]. A row below m
+    that is among them stays in its place (see `gathered`), so that none is read after another was written there, in
+    whatever order.
     """
     n = len(logits) if kept is None else len(kept)
     by = Slopes(*(None if slope is None else slope[:, None] / temperature for slope in by))
     for b in _blocks(n, logits):
         rows, target = b if kept is None else kept[b], logits[b]
-        block = target if kept is None else logits[rows]  # rows rise: none is read after another was written there
+        block = target if kept is None else logits[rows]
         gradient = _block_gradient(block, chosen[rows], reading.at(rows), by.at(rows), temperature,
                                    _at(reference, rows))
         if gradient is not target:
             target.copy_(gradient)
     return logits[:n]
+
+
+def gathered(alive: Tensor) -> Tensor:
+    """Numbers of the m rows that are `alive` [n], each one below m at its own place, and the others where none is.
+
+    >>> gathered(torch.tensor([False, True, False, True, True])).tolist()
+    [3, 1, 4]
+    """
+    kept = alive.nonzero()[:, 0]
+    m = len(kept)
+    free = (~alive[:m]).nonzero()[:, 0]
+    order = torch.arange(m, device=alive.device)
+    order[free] = kept[m - len(free):]
+    return order
 
 
 def _blocks(n: int, logits: Tensor) -> Iterator[slice]:
@@ -165,3 +161,46 @@ def _block_gradient(logits: Tensor, chosen: Tensor, reading: Reading, by: Slopes
         factor = log_ratio.sub_(reading.kl[:, None]).mul_(by.kl).add_(factor)
     gradient = log_p.exp_().mul_(factor)
     return gradient if by.logprobs is None else gradient.scatter_add_(1, chosen[:, None], by.logprobs)
+
+
+@final
+class _Plain:
+    """This module's functions as a form."""
+
+    read = staticmethod(read)
+    write_gradient = staticmethod(write_gradient)
+
+
+PLAIN: Form = _Plain()
+
+
+def logprobs_of(logits: Tensor, chosen: Tensor, *, temperature: float = 1.0, entropy: bool = False,
+                form: Form = PLAIN, in_place: bool = True) -> tuple[Tensor, Tensor | None]:
+    """log p(chosen) and, where asked, the entropy of p = softmax(logits / temperature): logits [N, V] that are finite,
+    chosen [N] -> [N] and [N], in float32, or float64 where the logits are. Both are differentiable.
+
+    The backward pass writes the gradient over the logits, in their own type, so no second [N, V] array exists; it can
+    run once. Where it runs twice, or another operation needs the logits for its own gradient, torch raises. With
+    `in_place` off they are kept, and the gradient is an array of its own.
+    """
+    logprobs, entropies = _OfLogits.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        logits, chosen, temperature, entropy, form, in_place)
+    return logprobs, entropies
+
+
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, chosen: Tensor, temperature: float, entropy: bool, form: Form,
+                in_place: bool) -> tuple[Tensor, Tensor | None]:
+        reading = form.read(logits, chosen, temperature, entropy=entropy)
+        ctx.save_for_backward(logits, chosen, *reading)
+        ctx.temperature, ctx.form, ctx.in_place = temperature, form, in_place
+        ctx.set_materialize_grads(False)
+        return reading.logprobs, reading.entropy
+
+    @staticmethod
+    def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, chosen, *columns = ctx.saved_tensors
+        place = logits.detach() if ctx.in_place else logits.clone()
+        gradient = ctx.form.write_gradient(place, chosen, Reading(*columns), Slopes(*by), ctx.temperature)
+        return gradient, *[None] * 5

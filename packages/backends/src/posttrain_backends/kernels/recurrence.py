@@ -6,15 +6,13 @@ A training run does not need it: there the estimators compute on the host. It se
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal, final
 
 from posttrain.data import Array
-from posttrain.errors import PluginError
 from posttrain.ops import framework_of
+
+from posttrain_backends.kernels.availability import require_sizes, require_triton, runs_on
 
 _MOST_ACTIONS = 2**31
 """Positions are 32-bit numbers."""
@@ -48,9 +46,7 @@ class TritonRecurrence:
     imported."""
 
     def __post_init__(self) -> None:
-        if not _is_power_of_2(self.block) or not _is_power_of_2(self.warps) or self.warps > 32:
-            raise ValueError(f"block and warps must be powers of 2, and warps at most 32, got {self.block} and "
-                             f"{self.warps}")
+        require_sizes(self.block, self.warps)
 
     @property
     def op(self) -> str:
@@ -63,31 +59,15 @@ class TritonRecurrence:
     def supports(self, *args: Array) -> bool:
         """Flat columns of one floating-point dtype on one device of this kind; never without Triton."""
         decay, x, _ = args
-        return (_runs_on(self.device) and framework_of(x) == framework_of(decay) == "torch"
+        return (runs_on(self.device) and framework_of(x) == framework_of(decay) == "torch"
                 and x.ndim == 1 and decay.shape == x.shape and decay.dtype == x.dtype
                 and str(x.dtype) in ("torch.float32", "torch.float64")
                 and x.device.type == self.device and decay.device == x.device
                 and len(x) + self.block < _MOST_ACTIONS)
 
     def __call__(self, *args: Array) -> Array:
-        if not _is_installed():
-            raise PluginError(["kernel 'triton_recurrence' needs Triton, which is not installed: "
-                               "pip install 'posttrain-backends[triton]' (Linux)"])
+        require_triton("triton_recurrence")
         from posttrain_backends.kernels._triton import segmented_scan
 
         decay, x, offsets = args
         return segmented_scan(decay, x, offsets, self.block, self.warps)
-
-
-def _is_power_of_2(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
-
-
-@cache
-def _is_installed() -> bool:
-    return find_spec("triton") is not None
-
-
-def _runs_on(device: str) -> bool:
-    """Whether Triton is there and, for the host, interpreted."""
-    return _is_installed() and (device != "cpu" or os.environ.get("TRITON_INTERPRET") == "1")

@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 
 from posttrain.data import Array, offsets_of, to_numpy
-from posttrain.ops import framework_of, like, ops_of, reverse_recurrence, segment_sum, use_kernels
+from posttrain.ops import (
+    framework_of,
+    like,
+    ops_of,
+    reverse_recurrence,
+    segment_sum,
+    selective_log_softmax,
+    use_kernels,
+)
 from posttrain.protocols import Kernel
 from posttrain.testing.contract import ComponentContract, named
 from posttrain.testing.random_data import in_float64, installed_frameworks
 
-Op = Literal["reverse_recurrence", "segment_sum"]
-OPS: Mapping[Op, Callable[..., Array]] = {"reverse_recurrence": reverse_recurrence, "segment_sum": segment_sum}
+Op = Literal["reverse_recurrence", "segment_sum", "selective_log_softmax"]
+OPS: Mapping[Op, Callable[..., Array]] = {
+    "reverse_recurrence": reverse_recurrence, "segment_sum": segment_sum,
+    "selective_log_softmax": selective_log_softmax}
 SIZES = (0, 1, 2, 7, 33, 257, 1025)
-"""Numbers of actions; odd ones leave the last block of a kernel half empty."""
+"""Numbers of actions, or of logits; odd ones leave the last block of a kernel half empty."""
 TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "float64": 1e-11}
 """Relative to the largest sum of absolute values: the order of a sum is a kernel's own."""
 
@@ -99,12 +109,12 @@ class KernelContract(ComponentContract):
                                              f"{type(error).__name__}: {error}") from error
 
     def test_has_the_gradient_of_the_reference(self, component: Kernel) -> None:
-        """`segment_sum` is differentiated inside losses; a recurrence carries no gradient."""
+        """All but the recurrence are differentiated inside losses; that carries no gradient."""
         if component.framework == "numpy":
             return
         op = OPS[cast(Op, component.op)]
         for dtype, case in self._cases(component):
-            at = 0 if component.op == "segment_sum" else 1
+            at = _COLUMN[cast(Op, component.op)]
             if not component.supports(*case.args) or not case.args[at].shape[-1]:
                 continue
 
@@ -126,7 +136,7 @@ class KernelContract(ComponentContract):
             return
         dtype, case = next((d, c) for d, c in self._cases(component) if c.name.startswith("33 "))
         jax, op = import_module("jax"), OPS[cast(Op, component.op)]
-        at = 0 if component.op == "segment_sum" else 1
+        at = _COLUMN[cast(Op, component.op)]
         with in_float64("jax"), use_kernels([component]):
             got = jax.jit(lambda x: op(*case.args[:at], x, *case.args[at + 1:]))(case.args[at])
         np.testing.assert_allclose(to_numpy(got), to_numpy(op(*case.args)), rtol=0,
@@ -191,8 +201,18 @@ def _segments(make: Callable[[np.ndarray], Array], n: int, seed: int) -> tuple[A
     return make(rng.normal(size=n)), rng.integers(0, segments - 1, n), segments
 
 
+def _logits(make: Callable[[np.ndarray], Array], n: int, seed: int) -> tuple[Any, ...]:
+    """3 rows of `n` logits, the last of which is chosen in the last row; no row where `n` is 0."""
+    rng = np.random.default_rng((n, seed))
+    chosen = rng.integers(0, n, 3) if n else np.zeros(0, np.int64)
+    chosen[2:] = n - 1
+    return make(3.0 * rng.normal(size=(len(chosen), max(n, 1)))), make(chosen), 0.7
+
+
 _ARGS: Mapping[Op, Callable[[Callable[[np.ndarray], Array], int, int], tuple[Any, ...]]] = {
-    "reverse_recurrence": _recurrence, "segment_sum": _segments}
+    "reverse_recurrence": _recurrence, "segment_sum": _segments, "selective_log_softmax": _logits}
+_COLUMN: Mapping[Op, int] = {"reverse_recurrence": 1, "segment_sum": 0, "selective_log_softmax": 0}
+"""The argument whose gradient somebody may ask for."""
 
 
 def _recurrence_cases(make: Callable[[np.ndarray], Array], n: int) -> Iterator[Case]:
@@ -223,13 +243,31 @@ def _segment_cases(make: Callable[[np.ndarray], Array], n: int) -> Iterator[Case
     yield Case(f"{n} actions in 3 columns, transposed", (make(rows.T.copy()).T, ids, segments), 3.0 * scale + n)
 
 
+def _logits_cases(make: Callable[[np.ndarray], Array], n: int) -> Iterator[Case]:
+    logits, chosen, temperature = _logits(np.array, n, 0)
+    impossible = np.where(np.arange(logits.shape[1]) % 2 == (chosen[:, None] + 1) % 2, -np.inf, logits)
+    kinds = {"random numbers": logits, "far from zero": logits + 100.0, "far from each other": 20.0 * logits,
+             "equal numbers": np.full(logits.shape, 0.1), "every second impossible": impossible}
+    for name, z in kinds.items():
+        yield Case(f"{n} logits, {name}", (make(z), make(chosen), temperature), _largest(z / temperature))
+    largest = _largest(logits / temperature)
+    yield Case(f"{n} logits, temperature 1", (make(logits), make(chosen), 1.0), largest)
+    yield Case(f"{n} logits, every second row of more", (_strided(make, logits), make(chosen), temperature), largest)
+    yield Case(f"{n} logits, transposed", (make(logits.T.copy()).T, make(chosen), temperature), largest)
+
+
+def _largest(z: np.ndarray) -> float:
+    """Of the logits that are possible, and at least 1: entropies are near that."""
+    return float(np.abs(z[np.isfinite(z)]).max(initial=1.0))
+
+
 _CASES: Mapping[Op, Callable[[Callable[[np.ndarray], Array], int], Iterator[Case]]] = {
-    "reverse_recurrence": _recurrence_cases, "segment_sum": _segment_cases}
+    "reverse_recurrence": _recurrence_cases, "segment_sum": _segment_cases, "selective_log_softmax": _logits_cases}
 
 
 def _strided(make: Callable[[np.ndarray], Array], x: np.ndarray) -> Array:
     """The same numbers, not contiguous where the framework knows strides."""
-    return make(np.repeat(x, 2))[::2]
+    return make(np.repeat(x, 2, axis=0))[::2]
 
 
 def _half(x: np.ndarray) -> np.ndarray:
