@@ -7,7 +7,7 @@ from weakref import WeakSet
 import numpy as np
 import pytest
 import torch
-from posttrain_backends._torch import logits
+from posttrain_backends._torch import head, logits
 from posttrain_backends._torch.head import CHUNK_CELLS, Readout, chosen_logprobs, chunk_rows, compared_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,6 +106,12 @@ def test_bfloat16_matrices_give_float32_results_and_gradients():
     assert 0 < (logprobs - expected).abs().max() < 0.1
     for ours, exact in zip((hidden.grad, weight.grad), reference, strict=True):
         assert (ours - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_host_rounds_each_chunk_s_sum_of_another_type():
+    """`addmm` into another type is a card's; asking for it here must neither raise nor say yes."""
+    assert not head._adds_unrounded(torch.bfloat16, torch.float32, torch.device("cpu"))
+    assert not head._adds_unrounded(torch.float32, torch.float64, torch.device("cpu"))
 
 
 class Largest(TorchDispatchMode):

@@ -81,6 +81,38 @@ def test_on_a_gpu_it_equals_float64(dtype: str, V: int) -> None:
 
 
 @pytest.mark.needs("torch", "triton")
+@pytest.mark.parametrize("total", ["bfloat16", "float32"])
+def test_on_a_gpu_one_pass_over_an_output_matrix_equals_float64(total: str) -> None:
+    """Up to the rounding of logits and their gradient to bf16; with the matrix and its gradient in either type."""
+    import torch
+    from posttrain_backends._torch.head import walk
+    from posttrain_backends._torch.logits import PLAIN, Form, Reading, Slopes
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: not measured")
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 128, generator=generator, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(5003, 128, generator=generator, device="cuda").mul(128**-0.5).bfloat16()
+    weight = weight.to(getattr(torch, total))
+    chosen = torch.randint(5003, (300,), generator=generator, device="cuda")
+    d_logprobs = torch.randn(300, generator=generator, device="cuda") * (torch.arange(300, device="cuda") % 4 > 0)
+
+    def slopes(part: slice, reading: Reading) -> Slopes:
+        return Slopes(d_logprobs[part], 0.1 * d_logprobs[part])
+
+    def gradients(hidden: Any, weight: Any, form: Form, compute: Any) -> tuple[Any, Any]:
+        d_weight = torch.zeros_like(weight)
+        _, d_hidden = walk(hidden, weight, chosen, slopes, d_weight=d_weight, rows=128, entropy=True, compute=compute,
+                           form=form)
+        return d_hidden, d_weight
+
+    ours = gradients(hidden, weight, TritonHead(), torch.bfloat16)
+    exact = gradients(hidden.detach().double().requires_grad_(), weight.double(), PLAIN, torch.float64)
+    for got, expected in zip(ours, exact, strict=True):
+        assert float((got.double() - expected).norm()) <= 0.02 * float(expected.norm())
+
+
+@pytest.mark.needs("torch", "triton")
 def test_on_a_gpu_rows_beyond_32_bits_are_found() -> None:
     import torch
 

@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,7 +92,8 @@ Candidate = Callable[[Given], Tensor | None]
 # ---- from hidden states
 
 
-def one_pass(g: Given) -> Tensor | None:
+def one_pass(g: Given, **options: Any) -> Tensor | None:
+    """`options` are those of `head.walk`."""
     from posttrain.data import MicroBatch
     from posttrain.loss import Measured, Sum
     from posttrain_backends._torch.head import walk
@@ -107,14 +108,15 @@ def one_pass(g: Given) -> Tensor | None:
         old_logprobs=g.old)
     g.weight.grad = torch.zeros_like(g.weight)
     loss = LossOfChunks(Sum((PolicyGradient(clip_low=CLIP, clip_high=CLIP), Measured())), {}, batch)
-    reading, g.hidden.grad = walk(g.hidden, g.weight, g.chosen, loss, d_weight=g.weight.grad, entropy=True)
+    reading, g.hidden.grad = walk(g.hidden, g.weight, g.chosen, loss, d_weight=g.weight.grad, entropy=True, **options)
     return reading.entropy
 
 
-def two_passes(g: Given) -> Tensor | None:
+def two_passes(g: Given, **options: Any) -> Tensor | None:
+    """`options` are those of `head.chosen_logprobs`."""
     from posttrain_backends._torch.head import chosen_logprobs
 
-    logprobs, entropies = chosen_logprobs(g.hidden, g.weight, g.chosen, entropy=True)
+    logprobs, entropies = chosen_logprobs(g.hidden, g.weight, g.chosen, entropy=True, **options)
     g.loss(logprobs).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped; so for all below
     return entropies
 
@@ -171,10 +173,11 @@ def compiled_cce(g: Given) -> None:
 # ---- from logits
 
 
-def in_place(g: Given) -> Tensor | None:
+def in_place(g: Given, **options: Any) -> Tensor | None:
+    """`options` are those of `logits.logprobs_of`."""
     from posttrain_backends._torch.logits import logprobs_of
 
-    logprobs, entropies = logprobs_of(g.logits.view_as(g.logits), g.chosen, entropy=True)
+    logprobs, entropies = logprobs_of(g.logits.view_as(g.logits), g.chosen, entropy=True, **options)
     g.loss(logprobs).backward()  # type: ignore[no-untyped-call]
     return entropies
 
