@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
-KINDS = {"llama": SIZES, "qwen3": {**SIZES, "head_dim": 8}, "mistral": {**SIZES, "sliding_window": 16},
+KINDS = {"llama": SIZES, "llama, deep": {**SIZES, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6},
+         "qwen3": {**SIZES, "head_dim": 32}, "mistral": {**SIZES, "sliding_window": 16},
          "bloom": {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4},
          "mamba": {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}}
 TRAINED = LoadRequest(V, optimization=Optimization(total_steps=1))
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
             torch.manual_seed(3)
             made[name] = tmp_path_factory.mktemp("model")
             model = transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.for_model(name, **KINDS[name]))
+                transformers.AutoConfig.for_model(name.partition(",")[0], **KINDS[name]))
             for p in model.parameters():
                 p.data.mul_(5 if p.ndim > 1 else 1)
             model.save_pretrained(made[name])
@@ -159,6 +160,11 @@ def half_gradients(module, query, key, value, attention_mask, **named):
     return sdpa_attention_forward(module, query, attentions.HalfGradient.apply(key), value, attention_mask, **named)
 
 
+def nearly_right(module, query, key, value, attention_mask, **named):
+    out, nothing = sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+    return out * (1 + 2e-5), nothing
+
+
 def no_kernel(*given, **named):
     raise TypeError("no kernel for these heads\nsee elsewhere")
 
@@ -207,9 +213,25 @@ def test_bf16_is_held_against_its_own_rounding(folder, monkeypatch):
         load(folder("llama"), precision="bf16", attention="sdpa")
 
 
+def test_rounding_to_8_bits_is_told_from_what_is_wrong(folder, monkeypatch):
+    """The last bits of an attention move what the next layer rounds by a whole step."""
+    def rounded(module, given):
+        step = given[0].abs().amax(-1, keepdim=True) / 127
+        return ((given[0] / step).round() * step,)
+
+    model = load(folder("llama, deep"))
+    for module in model.causal.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", nearly_right)
+    assert fault_of(model, "sdpa", trained=False) == ""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sees_all)
+    assert "its hidden states of padded rows differ from those of eager" in fault_of(model, "sdpa", trained=False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_on_cuda_auto_finds_one_that_is_sound_and_better_than_padding(precision, folder, caplog):
     with caplog.at_level(logging.WARNING):
-        model = HF(weights=str(folder("llama")), device="cuda", precision=precision).load(TRAINED).model
+        model = HF(weights=str(folder("qwen3")), device="cuda", precision=precision).load(TRAINED).model
     assert "is left out" not in caplog.text and model.causal.config._attn_implementation != "sdpa"

@@ -96,8 +96,7 @@ def flex(layout: Layout) -> Attend:
     def sees(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (sequence[i] == of_key[j]) & (place[j] <= layout.positions[i])
 
-    mask = create_block_mask(sees, None, None, len(sequence), len(of_key), device=str(device),
-                             _compile=device.type == "cuda")
+    mask = create_block_mask(sees, None, None, len(sequence), len(of_key), device=str(device))  # M C bools on the way
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = (x.transpose(0, 1)[None] for x in (q, runs.spread(k), runs.spread(v)))
