@@ -29,27 +29,21 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from posttrain.data import Episodes, offsets_of
 from posttrain.protocols import Estimator
+from processes import KEEP_FREED, extra_mib, in_a_process
 
 EPISODES, LENGTH = 1024, 4096
 GAMMA, LAM = 1.0, 0.95
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
-"""Of glibc: no block is mapped of its own, and nothing is given back."""
 FLAT = ("rewards", "values", "logprobs", "behavior_logprobs")
 Result = tuple[Any, Any]
 """Advantages and targets."""
@@ -259,17 +253,7 @@ def peak_of_one_call(case: Case) -> dict[str, Any]:
     """MiB; a call on small inputs comes before, so that nothing is imported in the one that counts."""
     case.prepared(4, 64).call()
     prepared = case.prepared(EPISODES, LENGTH)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
-    before = _status("VmRSS")
-    result = prepared.call()
-    peak = _status("VmHWM")
-    del result
-    return {"MiB": [(peak - before) / 1024]}
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    return {"MiB": [extra_mib(prepared.call)]}
 
 
 def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, Any]:
@@ -289,14 +273,9 @@ def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, Any]:
     return {"wall": wall, "cpu": cpu}
 
 
-def in_a_process(case: Case, variables: Mapping[str, str], *arguments: str) -> dict[str, list[float]]:
+def measured_apart(case: Case, variables: Mapping[str, str], *arguments: str) -> dict[str, list[float]]:
     """What this script prints as that case's own process."""
-    command = [sys.executable, __file__, "--case", case.estimator, case.lengths, case.name, *arguments]
-    done = subprocess.run(command, env={**os.environ, **ONE_THREAD, **variables}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case} failed; its message stands above")
-    measured: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return in_a_process(__file__, case, variables, "--case", case.estimator, case.lengths, case.name, *arguments)
 
 
 def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, float]]:
@@ -309,11 +288,11 @@ def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, 
             advantages, targets = QUESTIONS[estimator].reference(episodes)
             np.savez(path, advantages=advantages, targets=targets)
         for case in cases:
-            taken[case] = in_a_process(case, {}, "--memory") | {"wall": [], "cpu": []}
+            taken[case] = measured_apart(case, {}, "--memory") | {"wall": [], "cpu": []}
         for _ in range(rounds):
             for case in cases:
                 where = expected[case.estimator, case.lengths]
-                measured = in_a_process(case, KEEP_FREED, "--expected", where, "--calls", str(calls))
+                measured = measured_apart(case, KEEP_FREED, "--expected", where, "--calls", str(calls))
                 for clock, numbers in measured.items():
                     taken[case][clock] += numbers
     return {case: {name: statistics.median(numbers) for name, numbers in columns.items()}

@@ -22,29 +22,22 @@ so 1/200 of naive; two passes over the logits, each with one exponential, 0.75 o
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from processes import KEEP_FREED, extra_mib, in_a_process
 from torch import Tensor
 
 FOR_MEMORY, FOR_TIME = 4096, 1024
 """Actions."""
 SEQUENCES, H, V, CLIP = 8, 896, 32768, 0.2
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
-"""Of glibc: no block is mapped of its own, and nothing is given back."""
 Question = Literal["hidden", "logits"]
 
 
@@ -253,18 +246,7 @@ def peak_of_one_call(case: Case) -> dict[str, list[float]]:
     """MiB; a call on small inputs comes before, so that nothing is imported in the one that counts."""
     case.run(given(case.question, 64, 512))
     g = given(case.question, FOR_MEMORY)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
-    before = _status("VmRSS")
-    entropies = case.run(g)
-    peak = _status("VmHWM")
-    del entropies
-    return {"MiB": [(peak - before) / 1024]}
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    return {"MiB": [extra_mib(lambda: case.run(g))]}
 
 
 def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, list[float]]:
@@ -288,14 +270,9 @@ def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, list[fl
     return {"s": taken}
 
 
-def in_a_process(case: Case, variables: Mapping[str, str], *arguments: str) -> dict[str, list[float]]:
+def measured_apart(case: Case, variables: Mapping[str, str], *arguments: str) -> dict[str, list[float]]:
     """What this script prints as that case's own process."""
-    command = [sys.executable, __file__, "--case", case.question, case.name, *arguments]
-    done = subprocess.run(command, env={**os.environ, **ONE_THREAD, **variables}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case} failed; its message stands above")
-    measured: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return in_a_process(__file__, case, variables, "--case", case.question, case.name, *arguments)
 
 
 def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, float]]:
@@ -310,7 +287,7 @@ def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, 
         for _ in range(rounds):
             for case in cases:
                 where = expected[case.question]
-                measured = in_a_process(case, {}, "--memory") | in_a_process(
+                measured = measured_apart(case, {}, "--memory") | measured_apart(
                     case, KEEP_FREED, "--expected", where, "--calls", str(calls))
                 for name, numbers in measured.items():
                     taken.setdefault(case, {}).setdefault(name, []).extend(numbers)
