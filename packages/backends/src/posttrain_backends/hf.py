@@ -53,6 +53,9 @@ class HF:
     practice begins so: Ouyang et al. 2022, arXiv 2203.02155, section 3.5). It reads the policy's token ids, so it must
     have been trained with the policy's tokenizer.
 
+    State-space models and hybrids (Mamba, Mamba-2, Jamba, Qwen3-Next, ...) are padded, and drawn from by their states;
+    docs/parity.md says how exactly each architecture is computed.
+
     >>> HF()
     Traceback (most recent call last):
     ValueError: give weights (a local folder or a .gguf file) or model (a name on the hub, with its revision)
@@ -84,10 +87,11 @@ class HF:
     more, where routers choose by such a bias (Wang et al. 2024, arXiv 2408.15664). 0 leaves the bias as it is."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Sequences in one row, kept apart by positions: `auto` where attention is made for it (flash) and a probe at load
-    proves it exact, `always` everywhere (refused where the probe fails), `never` pads."""
+    proves it exact, `always` everywhere (refused where the probe fails, as with recurrent layers), `never` pads."""
     cache: Literal["auto", "never"] = "auto"
     """What answers are drawn with: `auto` takes the keys, values and states that the architecture keeps, where a probe
-    at load proves it exact; `never` reads an answer anew for each of its tokens."""
+    at load proves it exact, and a recurrent model that fails it is not drawn from; `never` reads an answer anew for
+    each of its tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16"] = "float32"
