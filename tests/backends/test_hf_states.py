@@ -235,6 +235,13 @@ def test_with_an_adapter_recorded_log_probs_equal_scored_ones(name, folder):
     np.testing.assert_allclose(found.behavior_logprobs, learner.score(found, LOGPROBS, 1.0).logprobs, rtol=0, atol=2e-5)
 
 
+def test_a_hybrid_some_of_whose_layers_see_a_window_is_read_anew(folder, monkeypatch, caplog):
+    monkeypatch.setattr(transformers.cache_utils.DynamicLayer, "is_sliding", True)
+    with caplog.at_level(logging.WARNING):
+        assert type(load(folder("jamba")).model) is HFModel
+    assert "some of its layers see a window of tokens" in caplog.text
+
+
 class OneGroup(torch.nn.Module):
     """Mamba-2's norm as old versions of the library have it: over all heads at once."""
 

@@ -90,8 +90,8 @@ class HF:
     proves it exact, `always` everywhere (refused where the probe fails, as with recurrent layers), `never` pads."""
     cache: Literal["auto", "never"] = "auto"
     """What answers are drawn with: `auto` takes the keys, values and states that the architecture keeps, where a probe
-    at load proves it exact, and a recurrent model that fails it is not drawn from; `never` reads an answer anew for
-    each of its tokens."""
+    at load proves it exact; a recurrent model that fails it is not drawn from. `never` reads an answer anew for each of
+    its tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16"] = "float32"
