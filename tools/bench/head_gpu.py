@@ -32,7 +32,7 @@ from functools import partial
 
 import torch
 from head import SEQUENCES, Candidate, Given, Question, in_place, naive_of, one_pass, results, trl, trl_of, two_passes
-from kernels import bandwidth, seconds
+from kernels import bandwidth, missing, seconds
 from posttrain_backends.kernels.head import TritonHead
 from torch import Tensor
 
@@ -136,8 +136,8 @@ def assert_equal(name: str, run: Candidate, g: Given) -> None:
     exact = in_float32(g)
     reference = results(exact, naive_of(exact.logits, exact) if len(g.logits) else naive(exact))
     found = results(g, run(g))
-    missing = set() if name in WITHOUT_GRADIENTS else reference.keys() - {"entropy"} - found.keys()
-    assert not missing, f"{name} gives no gradient of {', '.join(sorted(missing))}"
+    lacking = set() if name in WITHOUT_GRADIENTS else reference.keys() - {"entropy"} - found.keys()
+    assert not lacking, f"{name} gives no gradient of {', '.join(sorted(lacking))}"
     for what, x in found.items():
         error = float((x.float() - reference[what]).norm() / reference[what].norm())
         assert error <= TOLERANCE, f"{what} of {name} is {error} of its norm off"
@@ -219,11 +219,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--repeats", type=int, default=11)
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("not measured: no CUDA device")
-        return
-    if importlib.util.find_spec("triton") is None:
-        print("not measured: triton is not installed")
+    if reason := missing():
+        print(f"not measured: {reason}")
         return
     torch.set_default_device("cuda")  # what a candidate makes is beside what it is given
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, N = {asked.rows}, H = {asked.hidden_size}, V = "

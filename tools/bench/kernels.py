@@ -98,6 +98,13 @@ def seconds(form: Callable[..., torch.Tensor], *args: object) -> float:
     return float(start.elapsed_time(stop)) * 1e-3
 
 
+def missing() -> str:
+    """Why no kernel can be measured here; empty where one can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else ""
+
+
 def bandwidth(repeats: int) -> float:
     """Bytes per second that a copy of 1 GiB reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -110,11 +117,8 @@ def main() -> None:
     parser.add_argument("--actions", type=int, default=1 << 22)
     parser.add_argument("--repeats", type=int, default=21)
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("not measured: no CUDA device")
-        return
-    if importlib.util.find_spec("triton") is None:
-        print("not measured: triton is not installed")
+    if reason := missing():
+        print(f"not measured: {reason}")
         return
     least = BYTES * given.actions / bandwidth(given.repeats)
     print(f"{torch.cuda.get_device_name()}, {given.actions} float32 actions, median of {given.repeats}")
