@@ -29,7 +29,7 @@ FOR_ANOTHER = {"alembic": "mlflow", "sqlalchemy": "mlflow", "gguf": "transformer
 """Distributions that another one imports for us and does not bring: MLflow's database, what transformers reads
 GGUF files and places quantised weights with."""
 
-WHERE_INSTALLED = {"backends": {"fla", "mamba_ssm"}}
+WHERE_INSTALLED = {"backends": {"fla", "mamba_ssm", "xformers"}}
 """Modules that are used where they are installed, and stand in no extra: kernels that only CUDA's compiler builds."""
 
 
