@@ -87,19 +87,21 @@ class Runs:
 
 
 def flex(layout: Layout) -> Attend:
-    """torch's flex attention (Dong et al. 2024, 2412.05496), one kernel for a mask written as a function."""
+    """torch's flex attention (Dong et al. 2024, 2412.05496), one kernel for a mask written as a function: a token sees
+    its own sequence, and of the one that holds its sequence's beginning that beginning."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    device, runs = layout.rows.device, Runs.of(layout)
-    sequence, of_key, place = (torch.from_numpy(x).to(device) for x in _places(runs))
+    device, place = layout.rows.device, layout.positions
+    sequence, trunk, shared = (torch.from_numpy(x).to(device) for x in _beginnings(layout))
 
     def sees(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (sequence[i] == of_key[j]) & (place[j] <= layout.positions[i])
+        before = (sequence[j] == trunk[i]) & (place[j] < shared[i])
+        return ((sequence[j] == sequence[i]) | before) & (place[j] <= place[i])
 
-    mask = create_block_mask(sees, None, None, len(sequence), len(of_key), device=str(device))  # M C bools on the way
+    mask = create_block_mask(sees, None, None, len(place), len(place), device=str(device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = (x.transpose(0, 1)[None] for x in (q, runs.spread(k), runs.spread(v)))
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # on a CPU
             attended: Tensor = _flex_function(device.type)(
@@ -108,11 +110,13 @@ def flex(layout: Layout) -> Attend:
     return attend
 
 
-def _places(runs: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[M] the run of each query, [C] that of each key, and [C] the place of each key in its run."""
-    of_key = np.repeat(np.arange(len(runs.keys)), runs.keys)
-    place = np.arange(len(of_key)) - offsets_of(np.array(runs.keys))[of_key]
-    return np.repeat(np.arange(len(runs.queries)), runs.queries), of_key, place
+def _beginnings(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each token [M] the sequence that holds it first, the one that holds that one's first token, and how many
+    tokens the two share."""
+    own, lengths = layout.own(), np.diff(layout.offsets)
+    sequence, trunk = np.repeat(np.arange(len(own)), own), np.arange(len(own))
+    trunk[lengths > 0] = sequence[layout.cells[layout.offsets[:-1][lengths > 0]]]
+    return sequence, trunk[sequence], (lengths - own)[sequence]
 
 
 @cache
