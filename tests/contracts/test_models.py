@@ -128,6 +128,17 @@ class TestHFWithStates(BackendContract):
         return HF(weights=str(folder), device="cpu")
 
 
+@pytest.mark.needs("bitsandbytes", "torchao")
+class TestHFQuantised(BackendContract):
+    """Those whose layers do not round what they read; what is saved is read to score."""
+
+    components = tuple(HF(weights="tiny", device="cpu", quantize=quantize, adapter=Lora(rank=2, alpha=4.0))
+                       for quantize in ("nf4", "int8_weight_only"))
+
+    def reloaded(self, component: HF, folder: Path) -> HF:
+        return HF(weights=str(folder), device="cpu")
+
+
 class TestBatched(EngineContract):
     components = (Batched(), Batched(slots=3, prefill_tokens=5), Batched(cache_tokens=40))
     backend = NATIVE
