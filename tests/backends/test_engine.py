@@ -269,6 +269,13 @@ def test_no_row_is_ever_idle(slots: int) -> None:
     for n in steps.tolist():
         heapreplace(busy, busy[0] + n)
     assert started.usage.steps == max(busy)
+    assert started.metrics().values_by_name() == {"busy": pytest.approx(steps.sum() / (len(busy) * max(busy)))}
+
+
+def test_where_prompts_give_all_tokens_no_share_of_rows_is_told() -> None:
+    started = sampler(decoder())
+    started.rollout(PROMPTS, Sampling(max_new_tokens=1), (0,))
+    assert started.usage.steps == 0 and not started.metrics()
 
 
 def test_a_seed_repeats_a_rollout_and_another_does_not() -> None:

@@ -68,6 +68,7 @@ def test_a_run_trains_resumes_bit_for_bit_and_leaves_a_folder_that_loads_anywher
     posttrain.train({**settings(base, cut, adapter=adapter), "steps": 2}, output="quiet")
     posttrain.resume(cut, ["steps=4"], output="quiet")
     assert metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
+    assert all(0 < line["rollout/busy"] <= 1 for line in metrics(whole))
     folders = [transformers.AutoModelForCausalLM.from_pretrained(run / "policy") for run in (whole, cut)]
     for a, b in zip(*(m.state_dict().values() for m in folders), strict=True):
         assert torch.equal(a, b)

@@ -38,10 +38,11 @@ class Batched:
     """
 
     slots: int = 0
-    """Answers decoded at once; 0 decodes all of a rollout at once."""
+    """Answers decoded at once; 0 decodes all of a rollout at once. The metric `rollout/busy` is their share in use."""
     cache_tokens: int = 0
     """Most tokens that keys and values are kept of: fewer answers at once where that is less than answers times the
-    longest prompt and answer. 0 does not limit. A state-space model keeps none of them; `slots` limits its states."""
+    longest prompt and answer; long prompts with several answers are kept, and count, once in native models. 0 does not
+    limit. A state-space model keeps none of them; `slots` limits its states."""
     prefill_tokens: int = 8192
     """Most prompt tokens of one forward pass; a single longer prompt is still one pass."""
     quantize: Quantizer | None = None

@@ -449,6 +449,15 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class Reporting(Protocol):
+    """What a sampler may be beside `Sampler`: one that says how it drew."""
+
+    def metrics(self) -> Metrics:
+        """Of the last rollout; they are logged as `rollout/NAME`."""
+        ...
+
+
 class Engine(Protocol):
     """A rollout engine. `shared` lets the sampler read the policy's own arrays, so that `sync` copies nothing."""
 

@@ -37,6 +37,7 @@ from posttrain.protocols import (
     Need,
     Output,
     PromptSource,
+    Reporting,
     Sampler,
     Scorer,
     Tokenizer,
@@ -176,6 +177,8 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
         grouped = [replace(p, group=cursor + i) for i, p in enumerate(prompts) for _ in range(rollout.group_size)]
         cursor += len(prompts)
         rollouts = parts.sampler.rollout(grouped, sampling_of(settings), (settings.seed, step, attempt))
+        if isinstance(parts.sampler, Reporting):
+            metrics += parts.sampler.metrics().prefixed("rollout")
         with phases("reward"):
             rollouts, failures = rewarded(parts, settings, rollouts)
         metrics += failures.prefixed("reward")

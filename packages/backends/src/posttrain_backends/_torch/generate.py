@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Protocol, final
 import numpy as np
 import torch
 import torch.nn.functional as F
-from posttrain.data import Array, Prompt, Rollouts, Sampling, offsets_of
+from posttrain.data import Array, Metric, Metrics, Prompt, Rollouts, Sampling, offsets_of
 from posttrain.errors import ConfigError, MemoryExhausted
 from posttrain.protocols import Tokenizer
 from torch import Tensor
 
+from posttrain_backends._torch.held_prompts import HeldPrompts
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models.files import copy_named
 from posttrain_backends._torch.models.interface import (
     CachedLanguageModel,
+    GroupedLanguageModel,
     HybridLanguageModel,
     LanguageModel,
     RecurrentLanguageModel,
@@ -53,6 +55,9 @@ from posttrain_backends.quantization import Quantizer
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.quantised_copy import QuantisedCopy
+
+SPARED = 128
+"""Tokens of prompt, in the mean over answers, from which on it pays to hold prompts once."""
 
 
 @final
@@ -95,11 +100,6 @@ and then all states, without their axis of rows; of a hybrid model both; nothing
 class Rows(Protocol):
     """The pasts of the rows that are decoded together."""
 
-    @property
-    def prompts_at_once(self) -> int:
-        """Most prompts whose pasts may wait beside the rows."""
-        ...
-
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], Tensor | None]:
         """[M] ragged tokens of prompts -> hidden [M, H], the past of each prompt, and the experts of each token,
         [M, L, k] int16, where the model has some."""
@@ -123,19 +123,50 @@ class Rows(Protocol):
 
 
 @final
-class CachedRows:
-    """Pasts as keys and values, and where the model has experts, those that each token went to."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the rows of a rollout have to hold."""
 
-    def __init__(self, model: CachedLanguageModel, rows: int, columns: int) -> None:
-        self._model, self._cache = model, model.new_cache(rows, columns)
-        self._device = model.output_weight.device
+    rows: int
+    columns: int
+    """Tokens of the longest prompt and answer."""
+    new: int
+    """Tokens of the longest answer."""
+    prompts: int
+    """Prompts that rows continue at one time; 0 where each row has a copy of its own."""
+
+    @classmethod
+    def most(cls, prompts: Sequence[tuple[int, ...]], new: int, rows: int, tokens: int, *, shares: bool) -> Room:
+        """Room for up to `rows` answers of up to `new` tokens to `prompts`, in no more than `tokens` cells where those
+        are not 0. With `shares`, prompts may be held once for all answers.
+
+        >>> Room.most([(5,) * 50] * 8, new=10, rows=100, tokens=100, shares=True)
+        Room(rows=5, columns=60, new=10, prompts=1)
+        """
+        longest, distinct = max(map(len, prompts)), set(prompts)
+        spared = sum(map(len, prompts)) - sum(map(len, distinct))
+        held = len(distinct) if shares and spared >= SPARED * len(prompts) else 0
+        if tokens:
+            rows = min(rows, max(1, tokens // (longest + new), (tokens - held * longest) // new if held else 0))
+        rows = min(rows, len(prompts))
+        return cls(rows, longest + new, new, min(rows, held))
+
+
+@final
+class CachedRows:
+    """Pasts as keys and values, and where the model has experts, those that each token went to.
+
+    A prompt's are held once for all rows that continue it where there is room for prompts, else copied for each.
+    """
+
+    def __init__(self, model: CachedLanguageModel, room: Room) -> None:
+        self._model, self._device = model, model.output_weight.device
+        self._grouped = model if isinstance(model, GroupedLanguageModel) and room.prompts else None
+        self._cache = model.new_cache(room.rows, room.new if self._grouped else room.columns)
+        self._prompts = HeldPrompts(self._cache.room(room.prompts, room.columns - room.new), room.rows, self._device)
         self._routed = model if isinstance(model, Routed) and model.mixtures else None
         layers, k = (len(self._routed.mixtures), self._routed.experts_per_token) if self._routed else (0, 0)
-        self._routes = torch.zeros(rows, columns, layers, k, dtype=torch.int16, device=self._device)
-
-    @property
-    def prompts_at_once(self) -> int:
-        return sys.maxsize  # they are as long as what is read together
+        self._routes = torch.zeros(room.rows, room.columns, layers, k, dtype=torch.int16, device=self._device)
 
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], Tensor | None]:
         told = Routes()
@@ -147,23 +178,31 @@ class CachedRows:
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         where = torch.from_numpy(rows).to(self._device)
-        _copy_tokens((*self._cache.keys, *self._cache.values), where, prefix.past)
+        if self._grouped is not None:
+            self._prompts.start(rows, prefix.tokens, prefix.past)
+        else:
+            _copy_tokens((*self._cache.keys, *self._cache.values), where, prefix.past)
         if prefix.routes is not None:
             self._routes[where, :len(prefix.routes)] = prefix.routes
 
     def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         newest, places = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
-        rows = None if len(tokens) == self._cache.rows else slice(0, len(tokens))
-        if self._routed is None:
-            return self._model.decode(newest, places, self._cache, rows)
-        told = Routes()
-        hidden = self._routed.decode(newest, places, self._cache, rows, told)
-        self._routes[torch.arange(len(tokens), device=self._device), places] = told.joined()
+        n, told = len(tokens), Routes()
+        rows = None if n == self._cache.rows else slice(0, n)
+        if self._grouped is not None:
+            hidden = self._grouped.decode_grouped(newest, places, self._cache, self._prompts.of(n), rows, told)
+        elif self._routed is not None:
+            hidden = self._routed.decode(newest, places, self._cache, rows, told)
+        else:
+            hidden = self._model.decode(newest, places, self._cache, rows)
+        if self._routed is not None:
+            self._routes[torch.arange(n, device=self._device), places] = told.joined()
         return hidden
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
         _move((*self._cache.keys, *self._cache.values), s, t)
+        self._prompts.move(source, target)
         self._routes[t] = self._routes[s]
 
     def routes(self, row: int, length: int) -> np.ndarray | None:
@@ -178,13 +217,9 @@ class CachedRows:
 class RecurrentRows:
     """Pasts as states, of one size however long they are."""
 
-    def __init__(self, model: RecurrentLanguageModel, rows: int) -> None:
-        self._model, self._cache, self._rows = model, model.new_states(rows), rows
+    def __init__(self, model: RecurrentLanguageModel, room: Room) -> None:
+        self._model, self._cache, self._rows = model, model.new_states(room.rows), room.rows
         self._device = model.output_weight.device
-
-    @property
-    def prompts_at_once(self) -> int:
-        return self._rows  # a short prompt's state is as large as a row's
 
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
         hidden, cache = self._model.read(tokens, layout)
@@ -208,8 +243,8 @@ class RecurrentRows:
 class HybridRows:
     """Pasts as keys and values of some layers and states of others."""
 
-    def __init__(self, model: HybridLanguageModel, rows: int, columns: int) -> None:
-        self._model, self._cache, self._rows = model, model.new_pasts(rows, columns), rows
+    def __init__(self, model: HybridLanguageModel, room: Room) -> None:
+        self._model, self._cache, self._rows = model, model.new_pasts(room.rows, room.columns), room.rows
         self._device = model.output_weight.device
         self._tokens = (*self._cache.attention.keys, *self._cache.attention.values)
         self._states = self._cache.recurrent.tensors
@@ -263,13 +298,9 @@ def _move(cells: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
 class RecomputedRows:
     """Pasts as tokens, for models without a cache: every step reads all of them anew."""
 
-    def __init__(self, model: LanguageModel, rows: int, columns: int) -> None:
-        self._model, self._tokens = model, np.zeros((rows, columns), np.int64)
+    def __init__(self, model: LanguageModel, room: Room) -> None:
+        self._model, self._tokens = model, np.zeros((room.rows, room.columns), np.int64)
         self._device = model.output_weight.device
-
-    @property
-    def prompts_at_once(self) -> int:
-        return sys.maxsize
 
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
         return self._model.hidden(tokens, layout), [()] * len(layout.last), None
@@ -291,26 +322,25 @@ class RecomputedRows:
         return None
 
 
-def rows_for(model: LanguageModel, rows: int, columns: int) -> Rows:
-    """As many rows of up to `columns` tokens, with the past that the model has."""
+def rows_for(model: LanguageModel, room: Room) -> Rows:
+    """Rows with the past that the model has."""
     if isinstance(model, CachedLanguageModel):
-        return CachedRows(model, rows, columns)
+        return CachedRows(model, room)
     if isinstance(model, HybridLanguageModel):
-        return HybridRows(model, rows, columns)
-    return RecurrentRows(model, rows) if isinstance(model, RecurrentLanguageModel) else \
-        RecomputedRows(model, rows, columns)
+        return HybridRows(model, room)
+    return RecurrentRows(model, room) if isinstance(model, RecurrentLanguageModel) else RecomputedRows(model, room)
 
 
 @final
 class Prefixes:
     """Distinct prompts in the order of their use: each read once, together with those that follow it up to a budget of
-    tokens, and forgotten when its last answer has begun."""
+    tokens and `most` of them, as their pasts wait beside the rows, and forgotten when its last answer has begun."""
 
-    def __init__(self, prompts: Sequence[tuple[int, ...]], uses: np.ndarray, budget: int, rows: Rows,
+    def __init__(self, prompts: Sequence[tuple[int, ...]], uses: np.ndarray, budget: int, most: int, rows: Rows,
                  device: torch.device) -> None:
         self._prompts = [np.array(ids, np.int64) for ids in prompts]
         self._offsets = offsets_of(np.array([len(ids) for ids in prompts]))
-        self._uses, self._budget, self._rows, self._device = uses.copy(), budget, rows, device
+        self._uses, self._budget, self._most, self._rows, self._device = uses.copy(), budget, most, rows, device
         self._read: dict[int, Prefix] = {}
         self.count = 0
         """Prompts read so far."""
@@ -327,7 +357,7 @@ class Prefixes:
     def _read_next(self) -> None:
         first = self.count
         fitting = int(np.searchsorted(self._offsets, self._offsets[first] + self._budget, side="right")) - 1
-        last = max(first + 1, min(fitting, first + self._rows.prompts_at_once))
+        last = max(first + 1, min(fitting, first + self._most))
         offsets = self._offsets[first:last + 1] - self._offsets[first]
         layout = Layout.from_offsets(offsets, self._device)
         flat = torch.from_numpy(np.concatenate(self._prompts[first:last])).to(self._device)
@@ -469,6 +499,11 @@ class TorchSampler:
         answers = self._answers(encoded, sampling, seed, stops) if encoded else []
         return assemble(prompts, encoded, answers, sampling, stops, self._version)
 
+    def metrics(self) -> Metrics:
+        """`busy`, the share of slots x decoding passes that decoded a token; none where no pass was needed."""
+        places = self.usage.slots * self.usage.steps
+        return Metrics(busy=Metric(self.usage.decoded, places)) if places else Metrics()
+
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raise one `DataError` that names all prompts which cannot be encoded or do not fit the model."""
         self._encoded(prompts, sampling)
@@ -479,33 +514,36 @@ class TorchSampler:
     def _answers(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int],
                  stops: StopStrings) -> list[Answer]:
         """Draw with as many rows as are allowed; where memory runs out, anew with half of them, and from then on."""
-        columns = max(map(len, encoded)) + sampling.max_new_tokens
-        limit = 0 if isinstance(self._model, RecurrentLanguageModel) else self._engine.cache_tokens
-        allowed = max(1, limit // columns) if limit else sys.maxsize
-        rows = min(len(encoded), self._most_rows, allowed)
         while True:
+            room = self._room(encoded, sampling.max_new_tokens)
             try:
-                return translating_memory_errors(partial(self._decode, encoded, sampling, seed, stops, rows, columns))
+                return translating_memory_errors(partial(self._decode, encoded, sampling, seed, stops, room))
             except MemoryExhausted as error:
-                if rows == 1:
+                if room.rows == 1:
                     raise MemoryExhausted(
-                        f"{error}; a single answer of up to {columns} tokens does not fit beside the model: lower "
+                        f"{error}; a single answer of up to {room.columns} tokens does not fit beside the model: lower "
                         "rollout.max_new_tokens, data.max_prompt_tokens or engine.prefill_tokens") from None
-            rows = self._most_rows = rows // 2
+            self._most_rows = room.rows // 2
             if self._model.output_weight.is_cuda:
                 torch.cuda.empty_cache()  # the smaller attempt must not fail on fragments of the larger one
 
+    def _room(self, encoded: Sequence[tuple[int, ...]], new: int) -> Room:
+        limit = 0 if isinstance(self._model, RecurrentLanguageModel) else self._engine.cache_tokens
+        shares = isinstance(self._model, GroupedLanguageModel)
+        return Room.most(encoded, new, self._most_rows, limit, shares=shares)
+
     @torch.inference_mode()
     def _decode(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int], stops: StopStrings,
-                size: int, columns: int) -> list[Answer]:
+                room: Room) -> list[Answer]:
         model, weight = self._model, self._model.output_weight
         number = {ids: i for i, ids in enumerate(dict.fromkeys(encoded))}
         prompt_of = np.array([number[ids] for ids in encoded])
         with model.autocast():
-            rows = rows_for(model, size, columns)
-            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._engine.prefill_tokens, rows, weight.device)
-            decoding = Decoding(prompt_of, prefixes, rows, partial(F.linear, weight=weight), size, sampling, seed,
+            rows = rows_for(model, room)
+            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._engine.prefill_tokens, room.rows, rows,
+                                weight.device)
+            decoding = Decoding(prompt_of, prefixes, rows, partial(F.linear, weight=weight), room.rows, sampling, seed,
                                 self._tokenizer.eos, stops)
             answers = decoding.run()
-        self.usage = Usage(size, prefixes.count, prefixes.tokens, decoding.steps, decoding.decoded)
+        self.usage = Usage(room.rows, prefixes.count, prefixes.tokens, decoding.steps, decoding.decoded)
         return answers

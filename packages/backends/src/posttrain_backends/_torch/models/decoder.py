@@ -32,6 +32,7 @@ from posttrain_backends._torch.models.feedforward import (
     side_by_side,
 )
 from posttrain_backends._torch.models.files import copy_named, drop_tied, read_weights, write_model
+from posttrain_backends._torch.models.grouped import SharedPrompts, attention
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mixture import Routes
@@ -224,13 +225,22 @@ class Decoder(nn.Module):
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: slice | None = None,
                routes: Routes | None = None) -> Tensor:
         """One token [B] per cache row -> hidden [B, H]; see `CachedLanguageModel.decode`."""
-        step, routes = _Step.at(positions, cache.keys[0]), routes or Routes()
+        return self._decode(tokens, positions, _Step.at(positions, cache.keys[0]), cache, rows, routes or Routes())
+
+    def decode_grouped(self, tokens: Tensor, positions: Tensor, cache: KVCache, prompts: SharedPrompts,
+                       rows: slice | None = None, routes: Routes | None = None) -> Tensor:
+        """The same behind shared prompts; see `GroupedLanguageModel.decode_grouped`."""
+        step = _Step.at(positions - prompts.lengths, cache.keys[0], prompts)
+        return self._decode(tokens, positions, step, cache, rows, routes or Routes())
+
+    def _decode(self, tokens: Tensor, positions: Tensor, step: _Step, cache: KVCache, rows: slice | None,
+                routes: Routes) -> Tensor:
         with self.autocast():
-            x, rope = self._embed(tokens, positions, step.columns)
-            for weights, keys, values in zip(cache.weights, cache.keys, cache.values):
+            x, rope = self._embed(tokens, positions, step.longest)
+            for layer, (weights, keys, values) in enumerate(zip(cache.weights, cache.keys, cache.values)):
                 if rows is not None:
                     keys, values = keys[rows], values[rows]
-                x = decode_layer(x, cast(LayerWeights, weights), self.shape, rope, step, keys, values, routes)
+                x = decode_layer(x, cast(LayerWeights, weights), self.shape, rope, step, keys, values, routes, layer)
             return cast(Tensor, self.model.norm(x))
 
     def _embed(self, tokens: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Rope]:
@@ -268,17 +278,24 @@ class _Step:
     """Where the step's keys and values go in [B, kv_heads, T, D]."""
     mask: Tensor
     """[B * kv_heads, 1, columns], -inf at positions a row has not reached; one 0 where all rows are equally long."""
+    prompts: SharedPrompts | None
+    """What stands before the cache."""
+
+    @property
+    def longest(self) -> int:
+        """No row has more tokens."""
+        return self.columns + (self.prompts.mask.shape[-1] if self.prompts else 0)
 
     @classmethod
-    def at(cls, positions: Tensor, like: Tensor) -> _Step:
-        """The step at `positions` [B] of a cache whose keys are `like`."""
+    def at(cls, positions: Tensor, like: Tensor, prompts: SharedPrompts | None = None) -> _Step:
+        """The step at the cache's `positions` [B], its keys being `like`."""
         low, high = (int(p) for p in positions.aminmax())
         if low == high:
-            return cls(high + 1, (slice(None), slice(None), high), like.new_zeros(1, 1, 1))
+            return cls(high + 1, (slice(None), slice(None), high), like.new_zeros(1, 1, 1), prompts)
         rows, columns = (torch.arange(n, device=like.device) for n in (len(positions), high + 1))
         beyond = (columns > positions[:, None]).repeat_interleave(like.shape[1], 0)[:, None, :]
         mask = like.new_zeros(beyond.shape).masked_fill_(beyond, float("-inf"))
-        return cls(high + 1, (rows, slice(None), positions), mask)
+        return cls(high + 1, (rows, slice(None), positions), mask, prompts)
 
 
 @final
@@ -301,7 +318,7 @@ class LayerWeights:
 
 
 def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, step: _Step, keys: Tensor,
-                 values: Tensor, routes: Routes) -> Tensor:
+                 values: Tensor, routes: Routes, layer: int) -> Tensor:
     """`DecoderLayer` for one token [B, H] per cache row; writes `keys` and `values` [B, kv_heads, T, D] in place."""
     (B, H), kv, D = x.shape, shape.num_key_value_heads, shape.head_dim
     normed = F.rms_norm(x, (H,), weights.input_norm, shape.rms_norm_eps)
@@ -314,9 +331,12 @@ def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, ste
     keys[step.cells], values[step.cells] = k, heads[:, -kv:]
     keys, values = keys[:, :, :step.columns].flatten(0, 1), values[:, :, :step.columns].flatten(0, 1)
     q = q.reshape(B * kv, -1, D)  # the queries of one kv head side by side: k, v are not repeated
-    scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=D**-0.5)
-    attended = torch.bmm(torch.softmax(scores, dim=-1), values).view(B, -1)
-    x = x + F.linear(attended, weights.o, weights.o_bias)
+    if step.prompts is None:
+        scores = torch.baddbmm(step.mask, q, keys.transpose(1, 2), alpha=D**-0.5)
+        attended = torch.bmm(torch.softmax(scores, dim=-1), values)
+    else:
+        attended = attention(q, keys, values, step.mask, step.prompts, layer)
+    x = x + F.linear(attended.reshape(B, -1), weights.o, weights.o_bias)
     normed = F.rms_norm(x, (H,), weights.post_attention_norm, shape.rms_norm_eps)
     return x + weights.mlp(normed, routes)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain_backends._torch.layout import Layout
+from posttrain_backends._torch.models.grouped import SharedPrompts
 from posttrain_backends._torch.models.mixture import Routes
 
 
@@ -38,6 +39,12 @@ class KVCache:
     @property
     def columns(self) -> int:
         return self.keys[0].shape[2]
+
+    def room(self, rows: int, columns: int) -> KVCache:
+        """An empty cache of another size, without weights."""
+        def zeros(layers: list[Tensor]) -> list[Tensor]:  # not empty: what a masked cell holds must be finite
+            return [x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in layers]
+        return KVCache(zeros(self.keys), zeros(self.values))
 
     def write(self, rows: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         """Put the keys and values [m, kv_heads, D] of each layer at (rows[m], positions[m])."""
@@ -182,6 +189,17 @@ class CachedLanguageModel(LanguageModel, Protocol):
         Writes its keys and values there and attends to positions up to its own. `rows` names the cache rows where
         they are not all.
         """
+        ...
+
+
+@runtime_checkable
+class GroupedLanguageModel(CachedLanguageModel, Protocol):
+    """A language model that can read keys and values of a prompt once for all rows that continue it."""
+
+    def decode_grouped(self, tokens: Tensor, positions: Tensor, cache: KVCache, prompts: SharedPrompts,
+                       rows: slice | None = None, routes: Routes | None = None) -> Tensor:
+        """`decode` where the cache holds what comes behind the prompts: a row's token goes to the column of its
+        position less the length of its prompt."""
         ...
 
 
