@@ -201,7 +201,7 @@ def packed(learner: Any, reference: Any) -> str:
 
 
 def drawn(learner: Any, reference: Any) -> str:
-    from posttrain_backends._torch.generate import rows_for
+    from posttrain_backends._torch.generate import Room, rows_for
 
     try:
         sampler = Batched(slots=3).start(learner, TOKENIZER, shared=True)
@@ -211,7 +211,7 @@ def drawn(learner: Any, reference: Any) -> str:
     rollouts = sampler.rollout(PROMPTS, SAMPLING, (0,))
     scored = learner.score(rollouts, frozenset({Output.LOGPROBS}), 1.0).logprobs
     with torch.inference_mode():
-        how = DRAWN_WITH[type(rows_for(learner.model, 1, 2)).__name__]
+        how = DRAWN_WITH[type(rows_for(learner.model, Room(rows=1, columns=2, new=1, prompts=0))).__name__]
     return f"{np.abs(rollouts.behavior_logprobs - scored).max():.1e}, with {how}"
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ import torch
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.attention import ATTENTION, BOUND, relative
 from posttrain_backends.attention import KINDS, installed
-from processes import KEEP_FREED, extra_mib, in_a_process
+from processes import KEEP_FREED, ONE_THREAD, extra_peak, in_a_process, medians
 from torch import Tensor
 
 HEADS, KV_HEADS, D, ANSWERS = 4, 2, 64, 8
@@ -117,7 +116,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-MEMORY = {"cpu": extra_mib, "cuda": extra_on_cuda}[DEVICE]
+MEMORY = {"cpu": extra_peak, "cuda": extra_on_cuda}[DEVICE]
 SECONDS = {"cpu": cpu_seconds, "cuda": seconds_on_cuda}[DEVICE]
 
 
@@ -147,30 +146,29 @@ def measure(cases: Sequence[Case], tokens: int, rounds: int, calls: int) -> dict
             del exact
         for _ in range(rounds):
             for case in cases:
-                of_case = ("--tokens", str(tokens), "--case", case.question, case.name, case.passes)
-                measured = in_a_process(__file__, case, {}, *of_case, "--memory") | in_a_process(
-                    __file__, case, KEEP_FREED, *of_case, "--calls", str(calls), "--expected",
-                    f"{folder}/{case.question}.pt")
+                of_case = ["--tokens", str(tokens), "--case", case.question, case.name, case.passes]
+                expected = ["--calls", str(calls), "--expected", f"{folder}/{case.question}.pt"]
+                measured = {**in_a_process(__file__, [*of_case, "--memory"], ONE_THREAD),
+                            **in_a_process(__file__, [*of_case, *expected], {**ONE_THREAD, **KEEP_FREED})}
                 for name, numbers in measured.items():
                     taken.setdefault(case, {}).setdefault(name, []).extend(numbers)
-    return {case: {name: statistics.median(numbers) for name, numbers in columns.items()}
-            for case, columns in taken.items()}
+    return {case: medians(numbers) for case, numbers in taken.items()}
 
 
-def table(questions: Sequence[str], medians: Mapping[Case, Mapping[str, float]]) -> Iterator[str]:
+def table(questions: Sequence[str], found: Mapping[Case, Mapping[str, float]]) -> Iterator[str]:
     """Rows in Markdown; times in milliseconds."""
     columns = [f"{what}: {unit}" for what in PASSES.values() for unit in ("extra MiB", "ms")]
     yield f"| question | attention | {' | '.join(columns)} |\n|---|---|{'---:|' * len(columns)}"
     for question in questions:
         for name in ATTENTION:
-            cells = [cell for passes in PASSES for cell in _cells(Case(question, name, passes), medians)]
+            cells = [cell for passes in PASSES for cell in _cells(Case(question, name, passes), found)]
             yield f"| {question} | `{name}` | {' | '.join(cells)} |"
 
 
-def _cells(case: Case, medians: Mapping[Case, Mapping[str, float]]) -> tuple[str, str]:
+def _cells(case: Case, found: Mapping[Case, Mapping[str, float]]) -> tuple[str, str]:
     if case.absent:
         return f"not measured: {case.absent}", ""
-    return f"{medians[case]['MiB']:,.0f}", f"{1e3 * medians[case]['s']:,.1f}"
+    return f"{found[case]['MiB']:,.0f}", f"{1e3 * found[case]['s']:,.1f}"
 
 
 def main() -> None:

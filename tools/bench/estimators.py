@@ -29,7 +29,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +39,7 @@ from typing import Any
 import numpy as np
 from posttrain.data import Episodes, offsets_of
 from posttrain.protocols import Estimator
-from processes import KEEP_FREED, extra_mib, in_a_process
+from processes import KEEP_FREED, ONE_THREAD, extra_peak, in_a_process, medians
 
 EPISODES, LENGTH = 1024, 4096
 GAMMA, LAM = 1.0, 0.95
@@ -245,6 +244,11 @@ class Case:
     lengths: str
     name: str
 
+    @property
+    def arguments(self) -> list[str]:
+        """Of this script's process that measures it."""
+        return ["--case", self.estimator, self.lengths, self.name]
+
     def prepared(self, episodes: int, length: int) -> Prepared:
         return QUESTIONS[self.estimator].candidates[self.name](episodes_of(LENGTHS[self.lengths](episodes, length)))
 
@@ -252,8 +256,7 @@ class Case:
 def peak_of_one_call(case: Case) -> dict[str, Any]:
     """MiB; a call on small inputs comes before, so that nothing is imported in the one that counts."""
     case.prepared(4, 64).call()
-    prepared = case.prepared(EPISODES, LENGTH)
-    return {"MiB": [extra_mib(prepared.call)]}
+    return {"MiB": [extra_peak(case.prepared(EPISODES, LENGTH).call)]}
 
 
 def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, Any]:
@@ -273,11 +276,6 @@ def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, Any]:
     return {"wall": wall, "cpu": cpu}
 
 
-def measured_apart(case: Case, variables: Mapping[str, str], *arguments: str) -> dict[str, list[float]]:
-    """What this script prints as that case's own process."""
-    return in_a_process(__file__, case, variables, "--case", case.estimator, case.lengths, case.name, *arguments)
-
-
 def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, float]]:
     """Medians of each case."""
     taken: dict[Case, dict[str, list[float]]] = {}
@@ -288,15 +286,16 @@ def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, 
             advantages, targets = QUESTIONS[estimator].reference(episodes)
             np.savez(path, advantages=advantages, targets=targets)
         for case in cases:
-            taken[case] = measured_apart(case, {}, "--memory") | {"wall": [], "cpu": []}
+            measured = in_a_process(__file__, [*case.arguments, "--memory"], ONE_THREAD)
+            taken[case] = {**measured, "wall": [], "cpu": []}
         for _ in range(rounds):
             for case in cases:
                 where = expected[case.estimator, case.lengths]
-                measured = measured_apart(case, KEEP_FREED, "--expected", where, "--calls", str(calls))
+                measured = in_a_process(__file__, [*case.arguments, "--expected", where, "--calls", str(calls)],
+                                        {**ONE_THREAD, **KEEP_FREED})
                 for clock, numbers in measured.items():
                     taken[case][clock] += numbers
-    return {case: {name: statistics.median(numbers) for name, numbers in columns.items()}
-            for case, columns in taken.items()}
+    return {case: medians(numbers) for case, numbers in taken.items()}
 
 
 def table(cases: list[Case], medians: Mapping[Case, Mapping[str, float]]) -> Iterator[str]:

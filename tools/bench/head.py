@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from processes import KEEP_FREED, extra_mib, in_a_process
+from processes import KEEP_FREED, ONE_THREAD, extra_peak, in_a_process, medians
 from torch import Tensor
 
 FOR_MEMORY, FOR_TIME = 4096, 1024
@@ -246,7 +245,7 @@ def peak_of_one_call(case: Case) -> dict[str, list[float]]:
     """MiB; a call on small inputs comes before, so that nothing is imported in the one that counts."""
     case.run(given(case.question, 64, 512))
     g = given(case.question, FOR_MEMORY)
-    return {"MiB": [extra_mib(lambda: case.run(g))]}
+    return {"MiB": [extra_peak(lambda: case.run(g))]}
 
 
 def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, list[float]]:
@@ -270,11 +269,6 @@ def seconds_of_calls(case: Case, expected: str, calls: int) -> dict[str, list[fl
     return {"s": taken}
 
 
-def measured_apart(case: Case, variables: Mapping[str, str], *arguments: str) -> dict[str, list[float]]:
-    """What this script prints as that case's own process."""
-    return in_a_process(__file__, case, variables, "--case", case.question, case.name, *arguments)
-
-
 def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, float]]:
     """Medians of each case; the cases take turns."""
     taken: dict[Case, dict[str, list[float]]] = {}
@@ -287,12 +281,14 @@ def measure(cases: list[Case], rounds: int, calls: int) -> dict[Case, dict[str, 
         for _ in range(rounds):
             for case in cases:
                 where = expected[case.question]
-                measured = measured_apart(case, {}, "--memory") | measured_apart(
-                    case, KEEP_FREED, "--expected", where, "--calls", str(calls))
+                arguments = ["--case", case.question, case.name]
+                measured = {
+                    **in_a_process(__file__, [*arguments, "--memory"], ONE_THREAD),
+                    **in_a_process(__file__, [*arguments, "--expected", where, "--calls", str(calls)],
+                                   {**ONE_THREAD, **KEEP_FREED})}
                 for name, numbers in measured.items():
                     taken.setdefault(case, {}).setdefault(name, []).extend(numbers)
-    return {case: {name: statistics.median(numbers) for name, numbers in columns.items()}
-            for case, columns in taken.items()}
+    return {case: medians(numbers) for case, numbers in taken.items()}
 
 
 def table(cases: list[Case], medians: Mapping[Case, Mapping[str, float]]) -> Iterator[str]:

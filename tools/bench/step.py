@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from processes import resident
+
 PHASES = ("rollout", "reward", "scoring", "forward", "backward", "optimiser", "other")
 WARM = 2
 """Steps at the start that are not counted."""
@@ -129,12 +131,6 @@ class Stopwatch:
                 return inner(*args, **named)
 
         return mock.patch.object(owner, name, timed)
-
-
-def resident(key: str) -> float:
-    """MiB of `VmRSS` or `VmHWM`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
 
 
 def forget_peak() -> float:
