@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
+from own_process import in_a_process
 from posttrain_backends._torch import head, logits
 from posttrain_backends._torch.head import CHUNK_CELLS, Readout, chosen_logprobs, chunk_rows, compared_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -280,3 +282,33 @@ def test_no_logits_are_computed_twice_where_one_chunk_holds_all():
 def test_chunks_follow_the_device_and_the_vocabulary():
     cpu = torch.device("cpu")
     assert chunk_rows(32768, cpu) == CHUNK_CELLS["cpu"] // 32768 and chunk_rows(10**9, cpu) == 1
+
+
+RESIDENT = """
+import gc
+from pathlib import Path
+import torch
+from posttrain_backends._torch.logits import logprobs_of
+
+torch.set_num_threads(1)
+def status(key):
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)).split()[1])
+def entropies(z):
+    return logprobs_of(z, torch.zeros(len(z), dtype=torch.long), entropy=True)[0].sum().backward()
+
+entropies(torch.randn(64, 512, requires_grad=True) + 0)
+z = torch.randn(2048, 16384)
+held = [torch.empty(n) for n in range(1, 65) for _ in range(500)]  # no small block is free
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+entropies(z.requires_grad_().view_as(z))
+extra, size = status("VmHWM") - before, z.nbytes / 1024
+assert extra < size / 8, f"{extra} KiB beside logits of {size}"
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads and resets the peak of a process on Linux")
+def test_small_results_do_not_keep_the_memory_of_large_ones():
+    """What stays of each block of rows must not lie where the next block's memory could be taken again."""
+    in_a_process("-c", RESIDENT, OMP_NUM_THREADS="1")

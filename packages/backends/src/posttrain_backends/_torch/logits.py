@@ -49,6 +49,19 @@ class Reading(NamedTuple):
     def at(self, rows: Rows) -> Reading:
         return Reading(self.logprobs[rows], self.lse[rows], *(_at(column, rows) for column in self[2:]))
 
+    def room(self, n: int) -> Reading:
+        """Columns of n rows, to be filled by `put`. What is put there keeps no memory of its own: results of blocks,
+        a few numbers each, would lie between the freed memory of the blocks, so that none of it could be taken
+        again, and in the end as much as the logits would be in use."""
+        others = (None if column is None else column.new_empty(n) for column in self[2:])
+        return Reading(self.logprobs.new_empty(n), self.lse.new_empty(n), *others)
+
+    def put(self, rows: slice, part: Reading) -> None:
+        """Write what was read of `rows`."""
+        for column, own in zip(self, part, strict=True):
+            if column is not None and own is not None:
+                column[rows] = own
+
     @staticmethod
     def concat(parts: Sequence[Reading]) -> Reading:
         """Of all rows, at least one part."""
@@ -69,8 +82,13 @@ class Form(Protocol):
 def read(logits: Tensor, chosen: Tensor, temperature: float = 1.0, *, entropy: bool = False,
          reference: Tensor | None = None) -> Reading:
     """What logits [n, V] say of chosen [n], and their KL to the logits of a reference [n, V]; both stay as they are."""
-    return Reading.concat([_read_block(logits[b], chosen[b], temperature, entropy, _at(reference, b))
-                           for b in _blocks(len(logits), logits)])
+    first, *others = _blocks(len(logits), logits)
+    found = _read_block(logits[first], chosen[first], temperature, entropy, _at(reference, first))
+    columns = found.room(len(logits))
+    columns.put(first, found)
+    for b in others:
+        columns.put(b, _read_block(logits[b], chosen[b], temperature, entropy, _at(reference, b)))
+    return columns
 
 
 def write_gradient(logits: Tensor, chosen: Tensor, reading: Reading, by: Slopes, temperature: float = 1.0, *,
