@@ -79,7 +79,6 @@ def load(folder: Path, form: str | None, vocabulary: int) -> Any:
 def sizes(folder: Path, form: str | None) -> tuple[int, int, int, float]:
     """Disk, tensors, resident memory and tokens per second of the random model."""
     import psutil
-    import transformers  # noqa: F401  # not part of what is measured
     from posttrain_backends.engines import Batched
 
     process = psutil.Process()
@@ -136,11 +135,15 @@ def measured(form: str | None, large: Path, demo: Path, problems: int) -> Row:
     import torch
 
     torch.set_num_threads(1)
-    return Row(*sizes(large, form), *knowledge(demo, form, problems))
+    known = knowledge(demo, form, problems)  # first: what is imported and set up once is not the model's memory
+    return Row(*sizes(large, form), *known)
 
 
 def random_model(folder: Path, hidden: int) -> None:
     import torch
+    from posttrain_backends._torch.quiet import import_quietly
+
+    import_quietly("torchao")
     import transformers
 
     torch.manual_seed(0)
