@@ -34,7 +34,7 @@ from posttrain.protocols import LoadRequest, Output
 from posttrain.tokenizers import Characters
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends.engines import Batched
-from posttrain_backends.hf import HF
+from posttrain_backends.hf import HF, Lora
 from posttrain_backends.ssm import SSM
 from posttrain_backends.torch_native import Torch
 
@@ -53,6 +53,9 @@ MAMBA2 = {**MAMBA, "num_heads": 8, "head_dim": 8, "state_size": 6, "n_groups": 2
 ATTENTION = {**MAMBA, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
              "max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPED_EXPERTS = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2,
+                   "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+                   "num_hidden_layers": 3}
 SHARED = {"shared_expert_intermediate_size": 16}
 BAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 1, "mamba_chunk_size": 5}
 DELTA = {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
@@ -99,6 +102,10 @@ LIBRARY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt2": ("gpt2", {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "bloom": ("bloom", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mistral, window of 16": ("mistral", {**ATTENTION, "sliding_window": 16}),
+    "deepseek_v3": ("deepseek_v3", {
+        **ATTENTION, **GROUPED_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}),
+    "glm4_moe": ("glm4_moe", {**ATTENTION, **GROUPED_EXPERTS, "head_dim": 8}),
     "mamba": ("mamba", {**MAMBA, "state_size": 4}),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2, time_step_limit": ("mamba2", {**MAMBA2, "time_step_limit": (0.4, 1.5)}),
@@ -124,6 +131,8 @@ LIBRARY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "num_mem_blocks": 1}),
     "lfm2": ("lfm2", {**ATTENTION, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
 }
+ROUNDED: Mapping[str, float] = {"bf16": 5e-2, "int8": 0.1, "nf4": 2e-5, "int8_weight_only": 2e-5, "int8_dynamic": 0.1}
+"""Numbers or weights that are rounded -> what is promised of drawn and scored log-probs; of logits nothing is."""
 UNREPLAYED = {name: {"router_replay": False} for name in ("jamba", "qwen3_next", "granitemoehybrid", "nemotron_h")}
 """Architecture -> what must be said of its experts, which only a known router replays."""
 CASES: Sequence[Case] = (
@@ -133,6 +142,15 @@ CASES: Sequence[Case] = (
     Case("ssm", "mamba2, time_step_limit", *LIBRARY["mamba2, time_step_limit"]),
     *(Case("hf", name, model, sizes, UNREPLAYED.get(name, {})) for name, (model, sizes) in LIBRARY.items()),
     Case("hf", "mamba2, time_step_limit, cache: never", *LIBRARY["mamba2, time_step_limit"], {"cache": "never"}),
+    *(Case("torch", f"{model}, {label}", *LIBRARY[model], traits) for model, label, traits in (
+        ("llama", "attention: eager", {"attention": "eager"}), ("llama", "attention: flex", {"attention": "flex"}),
+        ("llama", "precision: bf16", {"precision": "bf16"}), ("qwen3_moe", "precision: bf16", {"precision": "bf16"}))),
+    *(Case("hf", f"{model}, {label}", *LIBRARY[model], traits) for model, label, traits in (
+        ("llama", "attention: eager", {"attention": "eager"}), ("llama", "attention: flex", {"attention": "flex"}),
+        ("llama", "packing: always", {"packing": "always"}), ("llama", "adapter: lora", {"adapter": Lora(rank=2)}),
+        *(("qwen3_moe", f"experts: {kind}", {"experts": kind}) for kind in ("eager", "batched_mm")),
+        *(("llama", f"quantize: {kind}", {"quantize": kind}) for kind in ROUNDED if kind != "bf16"),
+        ("llama", "precision: bf16", {"precision": "bf16"}))),
 )
 COMPONENTS: Mapping[str, Callable[..., Any]] = {"torch": Torch, "ssm": SSM, "hf": HF}
 DRAWN_WITH = {"CachedRows": "keys and values", "RecurrentRows": "states", "HybridRows": "keys, values and states",
@@ -212,7 +230,8 @@ def drawn(learner: Any, reference: Any) -> str:
     scored = learner.score(rollouts, frozenset({Output.LOGPROBS}), 1.0).logprobs
     with torch.inference_mode():
         how = DRAWN_WITH[type(rows_for(learner.model, Room(rows=1, columns=2, new=1, prompts=0))).__name__]
-    return f"{np.abs(rollouts.behavior_logprobs - scored).max():.1e}, with {how}"
+    replayed = "" if rollouts.routes is None else ", experts replayed"
+    return f"{np.abs(rollouts.behavior_logprobs - scored).max():.1e}, with {how}{replayed}"
 
 
 MEASURES: Mapping[str, Callable[[Any, Any], str]] = {"logits": logits, "packed": packed, "drawn": drawn}
