@@ -348,6 +348,10 @@ def test_what_is_refused_by_name(base, tmp_path, monkeypatch):
         load(tmp_path, train=True)
     with pytest.raises(ConfigError, match="can be scored and drawn from, and not trained on"):
         load(tmp_path, train=True, adapter=None)
+    load(base, "int8").save(tmp_path / "rounding")
+    with pytest.raises(ConfigError, match="kept in int8, whose layers round.*set policy.quantize: int8"):
+        load(tmp_path / "rounding", train=True)
+    load(tmp_path / "rounding", "int8", train=True)
     monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: name != "bitsandbytes" or None)
     with pytest.raises(PluginError, match=r"needs bitsandbytes.*pip install 'posttrain-backends\[quantized\]'"):
         load(base, "nf4")

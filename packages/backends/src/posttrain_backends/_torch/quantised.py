@@ -51,6 +51,10 @@ def reading(spec: HF, config: Any) -> dict[str, Any]:
     if found is not None and chosen not in (None, found):
         raise ConfigError([f"policy.quantize is {chosen}, and the weights of {spec.weights or spec.model} are kept in "
                            f"{found} already; leave quantize out, or take the weights before they were quantised"])
+    if found is not None and chosen is None and spec.adapter is not None and QUANTIZERS[found].rounds_inputs:
+        raise ConfigError([f"the weights of {spec.weights or spec.model} are kept in {found}, whose layers round what "
+                           "they read: log-probs of drawing and of training differ, and a run corrects for that only "
+                           f"where it knows before it loads them; set policy.quantize: {found}"])
     if (quantizer := chosen or found) is None:
         return {"dtype": torch.float32}
     device = device_of(spec.device, spec.precision)
