@@ -13,7 +13,7 @@ some seeds.
 
     python tools/bench/constraints.py --plot docs/constraints.png [--seeds 0 1 2] [--methods pid_lagrangian ...]
 
-About 80 CPU seconds a run, one thread each, two runs side by side.
+About 150 CPU seconds a run, one thread each, two runs side by side.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RUNS = ROOT / "runs" / "bench-constraints"
 FREE = "free"
 METHODS = ("pid_lagrangian", "augmented_lagrangian", "lagrangian")
 LIMITS: Mapping[str, float] = {"length": 4.5, "plus": 0.25}
-"""A bare answer has four tokens: three digits and its end. A mean of 40 x 512 answers is uncertain by 1.2 % of the
-second limit; of one of 0.1, the first that was tried, it would be by 2.1 %."""
+"""A bare answer has four tokens: three digits and its end. A mean of 60 x 512 answers is uncertain by 1.0 % of the
+second limit; of one of 0.1, the first that was tried, it would be by 1.7 %."""
 MARKS = ("", "", "=", "+", "=+", "++")
 """What stands behind the digits of the demonstrations, in turn."""
 PER_CHARACTER = 0.05
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -124,7 +124,7 @@ def main() -> None:
     write_demonstrations(ADDITION / "data" / "train.jsonl", RUNS / "marked.jsonl")
     arms = [FREE, *options.methods]
     train_all(options.jobs, [Task("sft.yaml", RUNS / str(seed) / "sft", [
-        f"seed={seed}", "steps=250", f"task.path={RUNS / 'marked.jsonl'}",
+        f"seed={seed}", "steps=400", f"task.path={RUNS / 'marked.jsonl'}",
         "rollout.max_new_tokens=6"]) for seed in options.seeds])
     train_all(options.jobs, [Task("rl.yaml", RUNS / str(seed) / arm, settings(seed, arm, options.steps))
                              for seed in options.seeds for arm in arms])
