@@ -140,8 +140,8 @@ class Room:
         """Room for up to `rows` answers of up to `new` tokens to `prompts`, in no more than `tokens` cells where those
         are not 0. With `shares`, prompts may be held once for all answers.
 
-        >>> Room.most([(5,) * 50] * 8, new=10, rows=100, tokens=100, shares=True)
-        Room(rows=5, columns=60, new=10, prompts=1)
+        >>> Room.most([(5,) * 500] * 8, new=10, rows=100, tokens=550, shares=True)
+        Room(rows=5, columns=510, new=10, prompts=1)
         """
         longest, distinct = max(map(len, prompts)), set(prompts)
         spared = sum(map(len, prompts)) - sum(map(len, distinct))

@@ -104,6 +104,7 @@ def routers_of(module: nn.Module, family: MixtureFamily) -> dict[int, Any]:
 def named_as_in_files(model_type: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Live views of a module's tensors under the names of its files, where each matrix of each expert has its own.
 
+    >>> import torch
     >>> list(named_as_in_files("mixtral", {"model.layers.0.mlp.experts.down_proj": torch.zeros(2, 3, 4)}))
     ['model.layers.0.block_sparse_moe.experts.0.w2.weight', 'model.layers.0.block_sparse_moe.experts.1.w2.weight']
     """
