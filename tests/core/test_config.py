@@ -626,6 +626,31 @@ def test_a_task_in_a_file_that_refuses_by_an_error_for_users_keeps_its_text(fold
     assert problems(registry, text) == ["task.file: no number (rows.txt:3) (train.yaml:8)"]
 
 
+@dataclass(frozen=True)
+class Looking:
+    """Looks its choice up in a table."""
+
+    choice: Literal["one", "two"] = "one"
+
+    def __post_init__(self) -> None:
+        assert {"one": 1, "two": 2}[self.choice]
+
+
+class OfLooking:
+    """Declares it."""
+
+    @hookimpl
+    def components(self) -> list[Component]:
+        return [Component("estimator", "looking", f"{__name__}:Looking", "looks its choice up")]
+
+
+def test_a_component_that_stumbles_over_a_wrong_choice_is_told_the_choice(folder: Path, registry: Registry) -> None:
+    text = "plugins: [posttrain.toy]\npolicy: toy\nkl: none\nobjective: toy\ntokenizer: bytes\n" \
+           "rollout: {engine: toy}\nestimator: {use: looking, choice: three}\n"
+    assert problems(registry.extended([OfLooking()]), text) == [
+        "estimator.choice must be one of 'one', 'two', got 'three' (train.yaml:7)"]
+
+
 class Fieldless:
     """No dataclass, and never made."""
 

@@ -69,6 +69,10 @@ def construct(cls: Any, values: Mapping[str, Any], key: Key, report: Report, wha
         blamed = [(*key, word) for word in re.findall(r"\w+", str(error)) if word in found]
         if blamed or not noted:  # else it may come of the values left out
             report(blamed[0] if blamed else key, f"{dotted(key)}: {error}".lstrip(": "))
+    except Exception:
+        if not noted:  # else it may stumble over a value that was told already
+            raise
+    return None
 
 
 def convert(hint: Any, value: Any, key: Key, report: Report) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from posttrain_backends._torch.models.hf_probe import attend_by
 from posttrain_backends._torch.models.hf_states import drawable, require_grouped_norm
 from posttrain_backends._torch.models.hf_value import HFValueModel, give_heads, require_causal_head
 from posttrain_backends._torch.quantised import prepared, quantizer_of, reading, require_trainable
+from posttrain_backends._torch.quiet import without_bars
 from posttrain_backends.attention import require_device
 from posttrain_backends.hf import source_of, unreachable
 
@@ -103,9 +105,10 @@ def read(spec: HF) -> PreTrainedModel:
     how = {"dtype": torch.float32} if "gguf_file" in arguments else reading(spec, read_config(spec))
     generator = torch.get_rng_state()  # recurrent layers are drawn first, and then overwritten
     try:
-        causal = AutoModelForCausalLM.from_pretrained(
-            name, attn_implementation=read_with(spec.attention), trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True if "gguf_file" not in arguments else None, **arguments, **how)
+        with without_bars() if spec.weights else nullcontext():  # what is fetched from the hub may take minutes
+            causal = AutoModelForCausalLM.from_pretrained(
+                name, attn_implementation=read_with(spec.attention), trust_remote_code=spec.trust_remote_code,
+                use_safetensors=True if "gguf_file" not in arguments else None, **arguments, **how)
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(spec.weights or spec.model, error) from error
     torch.set_rng_state(generator)

@@ -1,6 +1,7 @@
-"""How bitsandbytes and torchao are imported: without lines that nobody can act on, and without code from the Hub.
+"""What libraries of models are kept from saying: lines that nobody can act on, and bars beside our own progress.
 
-transformers and peft import both where they are installed, so this comes first. Knows no model.
+How bitsandbytes and torchao are imported, too, without code from the Hub: transformers and peft import both where they
+are installed, so this comes first. Knows no model.
 """
 
 from __future__ import annotations
@@ -35,6 +36,20 @@ def import_quietly(*names: str) -> None:
 def _stays(record: logging.LogRecord) -> bool:
     """Whether a line stays."""
     return _DROPPED[record.name] not in record.getMessage()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers draws no bars: what is read or written is said by who asked for it."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from posttrain_backends._torch.models.hf_attention import FLEX, additive_mask, b
 from posttrain_backends._torch.models.hf_routers import named_as_in_files
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.quantised import fingerprint, is_quantised, rounds_inputs, save_quantised
+from posttrain_backends._torch.quiet import without_bars
 from posttrain_backends._torch.trees import Forest, forest
 from posttrain_backends._torch.unadapted import switched_off
 
@@ -176,10 +177,11 @@ class HFTrunk:
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` loads; an adapter is merged into the weights it changes, and stands
         beside them where they are quantised."""
-        if is_quantised(self.causal):
-            save_quantised(self.causal, folder)
-        else:
-            self.causal.save_pretrained(folder, state_dict=merged(self.causal))
+        with without_bars():
+            if is_quantised(self.causal):
+                save_quantised(self.causal, folder)
+            else:
+                self.causal.save_pretrained(folder, state_dict=merged(self.causal))
 
 
 class HFModel(HFTrunk):
