@@ -268,9 +268,6 @@ def test_a_policy_is_drawn_from_in_quantised_form_and_keeps_its_own(quantize, ad
 
 
 def test_what_cannot_be_drawn_from_in_quantised_form_says_why(base, monkeypatch):
-    native = Torch(hidden_size=8, layers=1, heads=2, kv_heads=1, device="cpu").load(LoadRequest(V))
-    with pytest.raises(ConfigError, match=r"native models are joined while they decode.*take policy: hf"):
-        Batched(quantize="int8").start(native, Letters(), shared=False)
     with pytest.raises(ConfigError, match="quantised already, and drawn from as they are"):
         Batched(quantize="int8").start(load(base, "nf4"), Letters(), shared=False)
     with pytest.raises(ConfigError, match=r"rollout\.engine\.quantize: the kernels of int4 are for CUDA alone"):

@@ -18,7 +18,7 @@ from posttrain.protocols import Sampler, Scorer, Tokenizer
 from posttrain.tokenizers import prompt_ids
 
 from posttrain_backends.on_torch import require
-from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
+from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_precision, check_quantizer
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -46,7 +46,7 @@ class Batched:
     prefill_tokens: int = 8192
     """Most prompt tokens of one forward pass; a single longer prompt is still one pass."""
     quantize: Quantizer | None = None
-    """Draw for training from a copy of the policy (of `hf`) in `int8` or `nf4` (bitsandbytes), `int8_weight_only`,
+    """Draw for training from a copy of the policy in `int8` or `nf4` (bitsandbytes), `int8_weight_only`,
     `int8_dynamic` or `int4` (torchao), rounded anew after each update; the trainer corrects for it. Evaluation draws
     from the policy itself."""
 
@@ -84,18 +84,14 @@ class Batched:
 def require_quantizable(policy: TorchLearner, quantizer: Quantizer) -> None:
     """Raise `ConfigError` or `PluginError` where no copy of the policy can be drawn from with such weights."""
     require("rollout.engine.quantize", QUANTIZERS[quantizer].library, extra="quantized")
-    from posttrain_backends._torch.models.hf import HFModel
-    from posttrain_backends._torch.quantised import is_quantised
+    from posttrain_backends._torch.models.projections import has_plain_layers
 
-    model: object = policy.trunk
-    if not isinstance(model, HFModel):
-        raise ConfigError(["rollout.engine.quantize: the layers of native models are joined while they decode, and not "
-                           "quantised; take policy: hf, which loads what they save, or leave quantize out"])
-    if is_quantised(model.causal):
+    if not has_plain_layers(policy.model.module):
         raise ConfigError(["rollout.engine.quantize: the policy's weights are quantised already, and drawn from as "
                            "they are; leave it out"])
     try:
         check_quantizer(quantizer, policy.device.type, trains=False)
+        check_precision(str(policy.model.compute_dtype).removeprefix("torch."))
     except ValueError as error:
         raise ConfigError([f"rollout.engine.{error}"]) from None
 

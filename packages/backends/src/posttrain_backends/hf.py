@@ -16,7 +16,7 @@ from posttrain.protocols import LoadRequest, Output, Tokenizer
 
 from posttrain_backends.attention import Attention, require_attention
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, require
-from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
+from posttrain_backends.quantization import ADD_ADAPTER, QUANTIZERS, Quantizer, check_quantizer, nothing_to_train
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -133,6 +133,11 @@ class HF:
         """Whether log-probs of drawing and of reading differ by more than the rounding of floats; see
         `posttrain.protocols.Approximating`."""
         return self.quantize is not None and QUANTIZERS[self.quantize].rounds_inputs
+
+    @property
+    def frozen(self) -> str:
+        """See `posttrain.protocols.Frozen`."""
+        return nothing_to_train(self.quantize, ADD_ADAPTER) if self.quantize and self.adapter is None else ""
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""

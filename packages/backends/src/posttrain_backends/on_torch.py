@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from posttrain.errors import PluginError
+from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import LoadRequest, Output
+
+from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer, native_refusal
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -33,10 +35,15 @@ def require(what: str, *modules: str, extra: str = "hf") -> None:
                            f"pip install 'posttrain-backends[{_EXTRAS.get(missing[0], extra)}]'"])
 
 
-def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeModel], weights: str,
-                   head_chunk: int, head_kernel: HeadKernel = "auto") -> TorchLearner:
-    """The learner of the model that `made` makes, with the weights and heads of the folder `weights`, if one is named.
-    Raises `ConfigError` where they or the kernel do not fit, `PluginError` where the kernel is not installed."""
+def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeModel], weights: str, head_chunk: int,
+                   head_kernel: HeadKernel = "auto", quantize: Quantizer | None = None) -> TorchLearner:
+    """The learner of the model that `made` makes, with the weights and heads of the folder `weights`, if one is named,
+    quantised where that is asked. Raises `ConfigError` where they or the kernel do not fit or would be trained in
+    quantised form, `PluginError` where the kernel or the library of the quantised layers is not installed."""
+    if quantize is not None:
+        require("quantize", QUANTIZERS[quantize].library, extra="quantized")
+        if request.optimization is not None:
+            raise ConfigError([native_refusal(quantize)])
     import torch
 
     from posttrain_backends._torch.forms import form_on
@@ -51,4 +58,12 @@ def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeMod
     if weights:
         model.load(Path(weights))
         learner.load_heads(Path(weights))
+    if quantize is not None:
+        from posttrain_backends._torch.quantised_layers import quantise
+
+        try:
+            check_quantizer(quantize, learner.device.type, trains=False)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from None
+        quantise(model, quantize)
     return learner

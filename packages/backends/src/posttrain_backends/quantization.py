@@ -54,3 +54,25 @@ def check_quantizer(quantizer: Quantizer, device: str, *, trains: bool) -> None:
         raise ValueError(f"quantize: {quantizer} is for scoring and sampling, as {traits.library} passes no gradient "
                          f"through its layers: an adapter would learn from a part of it. Take {trainable}, or leave "
                          "adapter out")
+
+
+def check_precision(precision: str) -> None:
+    """Raise `ValueError` where the layers of the libraries compute in less."""
+    if precision == "float64":
+        raise ValueError("quantize: the layers of bitsandbytes and torchao compute in float32 at most, and precision "
+                         "is float64; take float32, or leave quantize out")
+
+
+ADD_ADAPTER = "add adapter: {use: lora}, or leave quantize out"
+
+
+def nothing_to_train(quantizer: Quantizer, remedy: str) -> str:
+    """Why a model in such weights cannot be trained."""
+    return f"quantize: weights in {quantizer} stay as they are, so nothing would be trained; {remedy}"
+
+
+def native_refusal(quantizer: Quantizer | None) -> str:
+    """Why a native model, which has no adapters, cannot be trained; empty where its weights are plain."""
+    return "" if quantizer is None else nothing_to_train(
+        quantizer, "adapters, which learn on such weights, are of backend hf, which loads the same folder: {use: "
+                   "quantized, weights: ...}, or {use: hf, weights: ...} without them; or leave quantize out")

@@ -15,6 +15,7 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
+from posttrain_backends.quantization import Quantizer, check_precision, check_quantizer, native_refusal
 
 KERNELS: Mapping[str, str] = {
     "mamba_ssm": "pip install mamba-ssm --no-build-isolation (it is built with the CUDA compiler)",
@@ -64,6 +65,9 @@ class SSM:
     weights: str = field(default="", metadata={"path": True})
     """A folder written by a run, or a Hugging Face folder of a `mamba2` model with safetensors. Sizes then come from
     its `config.json`."""
+    quantize: Quantizer | None = None
+    """Keep the weights of linear layers in `int8` or `nf4` (bitsandbytes), `int8_weight_only`, `int8_dynamic` or `int4`
+    (torchao): for a reference, as nothing here can learn on them. The output matrix is left as it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
@@ -87,6 +91,9 @@ class SSM:
                      "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.quantize is not None:
+            check_quantizer(self.quantize, self.device, trains=False)
+            check_precision(self.precision)
         if self.head_chunk < 0:
             raise ValueError(f"head_chunk must not be negative (0 chooses), got {self.head_chunk}")
         self._check_kernel()
@@ -117,10 +124,16 @@ class SSM:
     def provides(self) -> frozenset[Output]:
         return OUTPUTS
 
+    @property
+    def frozen(self) -> str:
+        """See `posttrain.protocols.Frozen`."""
+        return native_refusal(self.quantize)
+
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'ssm'", "torch", extra="torch")
-        return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel)
+        return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel,
+                              self.quantize)
 
     def _model(self, request: LoadRequest) -> Mamba2:
         from posttrain_backends._torch.device import device_of

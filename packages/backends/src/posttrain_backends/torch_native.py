@@ -15,6 +15,7 @@ from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
+from posttrain_backends.quantization import Quantizer, check_precision, check_quantizer, native_refusal
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,9 @@ class Torch:
     """How whole sequences are read. `auto` is `sdpa` on a CPU; on CUDA flash where it is installed and `precision` is
     bf16, else `flex`, which both compute what answers share once and nothing for padding. It is compared with `eager`
     before it is used."""
+    quantize: Quantizer | None = None
+    """Keep the weights of linear layers in `int8` or `nf4` (bitsandbytes), `int8_weight_only`, `int8_dynamic` or `int4`
+    (torchao): for a reference, as nothing here can learn on them. The output matrix is left as it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
@@ -111,6 +115,9 @@ class Torch:
             raise ValueError(f"hidden_size / heads is {self.hidden_size // self.heads}, rotary positions need it even")
         self._check_experts()
         require_attention(self.attention, self.device, self.precision)
+        if self.quantize is not None:
+            check_quantizer(self.quantize, self.device, trains=False)
+            check_precision(self.precision)
         if self.file and self.attention != "auto":
             raise ValueError("attention is for the native transformer; a module from `file` computes its own")
         if self.file and self.gradient_checkpointing:
@@ -140,10 +147,16 @@ class Torch:
         experts = {Output.EXPERT_LOAD} if self.family in _MIXTURES or self.weights else set()
         return OUTPUTS | experts
 
+    @property
+    def frozen(self) -> str:
+        """See `posttrain.protocols.Frozen`."""
+        return native_refusal(self.quantize)
+
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'torch'", "torch", extra="torch")
-        return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel)
+        return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel,
+                              self.quantize)
 
     def _model(self, request: LoadRequest) -> Decoder | UserModel:
         import torch

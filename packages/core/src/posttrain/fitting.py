@@ -16,7 +16,7 @@ from posttrain.errors import ConfigError, PluginError, PosttrainError, Problem
 from posttrain.layers import slots
 from posttrain.loss import over_vocabulary
 from posttrain.off_policy import weighs
-from posttrain.protocols import Limited, Need, OffPolicy, Output
+from posttrain.protocols import Frozen, Limited, Need, OffPolicy, Output
 from posttrain.registry import Registry
 from posttrain.schema import Settings
 from posttrain.shape import PROTOCOLS, misshapen
@@ -95,9 +95,17 @@ def check(loaded: Loaded) -> None:
                 ] if settings.task is None else []
     if SUM in settings.rewards:
         problems.append(Problem(f"rewards.{SUM}: the sum of all rewards has that name; choose another"))
+    problems += _check_trained(settings)
     problems += _check_rl(loaded) if settings.loop == "rl" else _check_supervised(loaded)
     if problems:
         raise ConfigError(problems, "the configuration does not fit together:" if len(problems) > 1 else "")
+
+
+def _check_trained(settings: Settings) -> list[Problem]:
+    """What is trained can be."""
+    trained = {"policy": settings.policy, "critic": settings.critic}
+    return [Problem(f"{key}.{part.frozen}") for key, part in trained.items()
+            if isinstance(part, Frozen) and part.frozen]
 
 
 def _check_supervised(loaded: Loaded) -> list[Problem]:

@@ -476,6 +476,17 @@ class Approximating(Protocol):
     def approximates(self) -> bool: ...
 
 
+@runtime_checkable
+class Frozen(Protocol):
+    """What a backend may be beside its kind: one whose model can be of a form that is scored and drawn from alone, as
+    one with quantised weights. It is a reference, and no policy and no critic."""
+
+    @property
+    def frozen(self) -> str:
+        """Why nothing of the model can be trained, and what to do; empty where it can."""
+        ...
+
+
 class Kernel(Protocol):
     """A faster form of an op of `ops.py`; must equal the reference."""
 

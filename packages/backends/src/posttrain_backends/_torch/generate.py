@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol, final
+from typing import Protocol, final
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from posttrain_backends._torch.models.interface import (
     Routed,
 )
 from posttrain_backends._torch.models.mixture import Routes, recorded
+from posttrain_backends._torch.quantised_copy import QuantisedCopy
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import (
     BUDGET,
@@ -51,10 +52,6 @@ from posttrain_backends.engines import (
     encode,
     uniforms,
 )
-from posttrain_backends.quantization import Quantizer
-
-if TYPE_CHECKING:
-    from posttrain_backends._torch.quantised_copy import QuantisedCopy
 
 SPARED = 128
 """Tokens of prompt, in the mean over answers, from which on it pays to hold prompts once."""
@@ -455,15 +452,6 @@ class Decoding:
                 column[target] = column[source]
 
 
-def quantised_copy(model: LanguageModel, quantizer: Quantizer) -> QuantisedCopy:
-    """See `QuantisedCopy`; imports transformers."""
-    from posttrain_backends._torch.models.hf import HFModel
-    from posttrain_backends._torch.quantised_copy import QuantisedCopy
-
-    assert isinstance(model, HFModel), "`engines.require_quantizable` sees to it"
-    return QuantisedCopy(model, quantizer)
-
-
 @final
 class TorchSampler:
     """A started engine on a torch model; a `Sampler`. Not shared, it keeps a copy of the model until `sync`."""
@@ -475,7 +463,7 @@ class TorchSampler:
                 next_step="Set policy.cache: never, which reads an answer anew for each of its tokens: slow, and what "
                           "is trained is what was drawn.")
         self._shared, self._tokenizer, self._engine = shared, tokenizer, engine
-        self._quantised = None if shared or engine.quantize is None else quantised_copy(learner.model, engine.quantize)
+        self._quantised = None if shared or engine.quantize is None else QuantisedCopy(learner.model, engine.quantize)
         self._model = learner.model if shared else self._quantised.model if self._quantised else deepcopy(learner.model)
         self._version = learner.version
         self._most_rows = engine.slots or sys.maxsize

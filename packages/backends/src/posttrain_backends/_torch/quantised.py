@@ -24,8 +24,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
+from posttrain_backends._torch.models.projections import is_plain
+from posttrain_backends._torch.quantised_layers import compute_in_bfloat16, never_packed, require_matrices
 from posttrain_backends._torch.quiet import import_quietly
-from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
+from posttrain_backends.quantization import ADD_ADAPTER, QUANTIZERS, Quantizer, check_quantizer, nothing_to_train
 
 if TYPE_CHECKING:
     from posttrain_backends.hf import HF
@@ -35,8 +37,6 @@ _GRADIENT = 1e-2
 not, and one that loses a path misses far more."""
 _ADAPTER = "adapter_model.safetensors"
 """Beside the model's own files; with `adapter_config.json` it makes transformers load the adapter, too."""
-_PACKS = "support_avx512bf16_for_cpu"
-"""Of the 4-bit layers of bitsandbytes: whether they may pack their weights anew."""
 _IN_BFLOAT16: frozenset[Quantizer] = frozenset({"int4"})
 """Whose kernels take and give bfloat16 alone."""
 
@@ -118,10 +118,7 @@ def prepared(causal: PreTrainedModel) -> PreTrainedModel:
     where most weights stand elsewhere and stay as they are."""
     if (quantizer := quantizer_of(causal.config)) is None:
         return causal
-    stacked = [name for name, p in causal.named_parameters() if p.ndim == 3 and min(p.shape) > 1]
-    if stacked:
-        raise ConfigError([f"policy.quantize: {stacked[0]} holds several matrices in one (experts), which {quantizer} "
-                           "would leave as they are; leave quantize out, or take a model without experts"])
+    require_matrices(causal, quantizer)
     for layer in map(never_packed, quantised(causal).values()):
         if quantizer in _IN_BFLOAT16:
             compute_in_bfloat16(layer)
@@ -132,26 +129,13 @@ def prepared(causal: PreTrainedModel) -> PreTrainedModel:
     return causal
 
 
-def never_packed(layer: nn.Module) -> nn.Module:
-    """The layer, which keeps its weights as they are; see the module."""
-    if hasattr(layer, _PACKS):
-        setattr(layer, _PACKS, False)
-    return layer
-
-
-def compute_in_bfloat16(layer: nn.Module) -> None:
-    """Give the layer its input in bfloat16, and what it says in float32 to the others."""
-    layer.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(), *given[1:]))
-    layer.register_forward_hook(lambda _, given, out: out.float())
-
-
 # ---- what its layers hold
 
 
 def quantised(causal: nn.Module) -> dict[str, nn.Linear]:
     """The layers whose weights are quantised, by name; those under an adapter among them."""
     return {name: module for name, module in causal.named_modules()
-            if isinstance(module, nn.Linear) and type(module.weight) not in (Tensor, nn.Parameter)}
+            if isinstance(module, nn.Linear) and not is_plain(module)}
 
 
 def is_quantised(causal: PreTrainedModel) -> bool:
@@ -210,12 +194,11 @@ def require_trainable(causal: PreTrainedModel, *, own_adapter: bool) -> None:
     if not own_adapter and any(".lora_" in name for name, _ in causal.named_parameters()):
         raise ConfigError(["these weights have an adapter, which can be scored and drawn from, and not trained on: go "
                            "on in the run that trained it (posttrain resume), or take the weights it is on"])
-    layers = quantised(causal)
-    if not layers:
+    layers, found = quantised(causal), quantizer_of(causal.config)
+    if found is None or not layers:
         return
     if not own_adapter:
-        raise ConfigError([f"policy.quantize: weights in {quantizer_of(causal.config)} stay as they are, so nothing "
-                           "would be trained; add adapter: {use: lora}, or leave quantize out"])
+        raise ConfigError([f"policy.{nothing_to_train(found, ADD_ADAPTER)}"])
     name, layer = next(iter(layers.items()))
     if (error := gradient_error(layer)) > _GRADIENT:
         raise ConfigError([f"the gradient of the quantised layer {name} is not the one of its numbers (it differs by "

@@ -22,20 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.attention import ATTENTION, Attend
 from posttrain_backends._torch.models.config import config_of
-from posttrain_backends._torch.models.feedforward import (
-    MLP,
-    DecodedMixture,
-    DenseWeights,
-    Mixture,
-    biased,
-    joined_bias,
-    side_by_side,
-)
+from posttrain_backends._torch.models.feedforward import MLP, DecodedMixture, DenseWeights, Mixture
 from posttrain_backends._torch.models.files import copy_named, drop_tied, read_weights, write_model
 from posttrain_backends._torch.models.grouped import SharedPrompts, attention
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mixture import Routes
+from posttrain_backends._torch.models.projections import Projection, joined, normed, plain_state
 from posttrain_backends._torch.models.rope import Rope, rope_table, rotate
 from posttrain_backends._torch.models.shape import FAMILIES, ModelType, Shape
 
@@ -66,9 +59,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         """[M, H] -> [M, H], keys and values [M, kv_heads, D]; reads `norm` of x."""
-        linears = self.q_proj, self.k_proj, self.v_proj
-        projected = norm.linears(x, *(linear.weight for linear in linears))
-        q, k, v = (biased(y, linear.bias).view(len(x), -1, self.head_dim) for y, linear in zip(projected, linears))
+        q, k, v = (y.view(len(x), -1, self.head_dim)
+                   for y in normed(x, norm, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = head_norm(q, self.q_norm), head_norm(k, self.k_norm)
         if self.has_rope:
@@ -96,11 +88,10 @@ class DecoderLayer(nn.Module):
     def for_decoding(self, dtype: torch.dtype) -> LayerWeights:
         """The layer's weights for `decode_layer`; what is joined in the type it is multiplied in."""
         attention = self.self_attn
-        qkv = attention.q_proj, attention.k_proj, attention.v_proj
         return LayerWeights(
-            self.input_layernorm.weight, side_by_side(*(linear.weight for linear in qkv)).to(dtype),
-            joined_bias(qkv, dtype), attention.head_norms(), attention.has_rope, attention.o_proj.weight,
-            attention.o_proj.bias, self.post_attention_layernorm.weight, self.mlp.for_decoding(dtype))
+            self.input_layernorm.weight, joined((attention.q_proj, attention.k_proj, attention.v_proj), dtype),
+            attention.head_norms(), attention.has_rope, attention.o_proj, self.post_attention_layernorm.weight,
+            self.mlp.for_decoding(dtype))
 
 
 class Trunk(nn.Module):
@@ -153,6 +144,10 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
 
     @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return COMPUTE_DTYPE[self.precision]
 
@@ -194,7 +189,7 @@ class Decoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder of the model's family."""
-        write_model(folder, config_of(self.shape), self.state_dict())
+        write_model(folder, config_of(self.shape), plain_state(self))
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder, in whatever type they are. Raises `ConfigError` where they do not fit."""
@@ -301,18 +296,15 @@ class _Step:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """A layer as `decode_layer` takes it: the matrices that read the same input are one, as few rows are bound by
-    calls and not by arithmetic."""
+    """A layer as `decode_layer` takes it: what reads the same input is one."""
 
     input_norm: Tensor
-    qkv: Tensor
-    """[(heads + 2 kv_heads) D, H]"""
-    qkv_bias: Tensor | None
+    qkv: Projection
+    """H -> (heads + 2 kv_heads) D"""
     head_norms: Tensor | None
     """[heads + kv_heads, D]"""
     has_rope: bool
-    o: Tensor
-    o_bias: Tensor | None
+    o: nn.Linear
     post_attention_norm: Tensor
     mlp: DenseWeights | DecodedMixture
 
@@ -321,8 +313,7 @@ def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, ste
                  values: Tensor, routes: Routes, layer: int) -> Tensor:
     """`DecoderLayer` for one token [B, H] per cache row; writes `keys` and `values` [B, kv_heads, T, D] in place."""
     (B, H), kv, D = x.shape, shape.num_key_value_heads, shape.head_dim
-    normed = F.rms_norm(x, (H,), weights.input_norm, shape.rms_norm_eps)
-    heads = F.linear(normed, weights.qkv, weights.qkv_bias).view(B, -1, D)
+    heads = weights.qkv(F.rms_norm(x, (H,), weights.input_norm, shape.rms_norm_eps)).view(B, -1, D)
     turned = heads[:, :-kv]
     if weights.head_norms is not None:
         turned = F.rms_norm(turned.to(weights.head_norms.dtype), (D,), None, shape.rms_norm_eps) * weights.head_norms
@@ -336,9 +327,8 @@ def decode_layer(x: Tensor, weights: LayerWeights, shape: Shape, rope: Rope, ste
         attended = torch.bmm(torch.softmax(scores, dim=-1), values)
     else:
         attended = attention(q, keys, values, step.mask, step.prompts, layer)
-    x = x + F.linear(attended.reshape(B, -1), weights.o, weights.o_bias)
-    normed = F.rms_norm(x, (H,), weights.post_attention_norm, shape.rms_norm_eps)
-    return x + weights.mlp(normed, routes)
+    x = x + weights.o(attended.reshape(B, -1))
+    return x + weights.mlp(F.rms_norm(x, (H,), weights.post_attention_norm, shape.rms_norm_eps), routes)
 
 
 def head_norm(x: Tensor, norm: Norm) -> Tensor:

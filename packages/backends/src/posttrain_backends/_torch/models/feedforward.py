@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -10,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain_backends._torch.models.lean import Norm, swiglu
+from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mixture import Experts, MixtureWeights, Routes
+from posttrain_backends._torch.models.projections import Projection, gated, joined, normed
 from posttrain_backends._torch.models.shape import Shape
 
 
@@ -25,14 +25,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, routes: Routes) -> Tensor:
         """[M, H] -> [M, H]; reads `norm` of x."""
-        gate, up = norm.linears(x, self.gate_proj.weight, self.up_proj.weight)
-        gate, up = biased(gate, self.gate_proj.bias), biased(up, self.up_proj.bias)
-        return biased(swiglu(gate, up, self.down_proj.weight), self.down_proj.bias)
+        gate, up = normed(x, norm, self.gate_proj, self.up_proj)
+        return gated(gate, up, self.down_proj)
 
     def for_decoding(self, dtype: torch.dtype) -> DenseWeights:
-        gate_up = (self.gate_proj, self.up_proj)
-        return DenseWeights(side_by_side(*(linear.weight for linear in gate_up)).to(dtype), joined_bias(gate_up, dtype),
-                            self.down_proj.weight, self.down_proj.bias)
+        return DenseWeights(joined((self.gate_proj, self.up_proj), dtype), self.down_proj)
 
 
 class Mixture(nn.Module):
@@ -49,11 +46,11 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, routes: Routes) -> Tensor:
         """[M, H] -> [M, H]; reads `norm` of x."""
-        normed: Tensor = norm(x)
-        made = self._routed(multiplied_in(x))(normed, routes)
+        read: Tensor = norm(x)
+        made = self._routed(multiplied_in(x))(read, routes)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return made
-        shared: Tensor = torch.sigmoid(self.shared_expert_gate(normed)) * self.shared_expert(x, norm, routes)
+        shared: Tensor = torch.sigmoid(self.shared_expert_gate(read)) * self.shared_expert(x, norm, routes)
         return made + shared
 
     def _routed(self, dtype: torch.dtype) -> MixtureWeights:
@@ -72,16 +69,14 @@ class Mixture(nn.Module):
 class DenseWeights:
     """An MLP as a function of what it reads."""
 
-    gate_up: Tensor
-    """[2 I, H]"""
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Projection
+    """H -> 2 I"""
+    down: nn.Linear
 
     def __call__(self, x: Tensor, routes: Routes) -> Tensor:
         """[B, H] -> [B, H]"""
-        gate, up = F.linear(x, self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        return biased(swiglu(gate, up, self.down), self.down_bias)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return gated(gate, up, self.down)
 
 
 @final
@@ -106,33 +101,3 @@ def multiplied_in(x: Tensor) -> torch.dtype:
     """The type in which x is multiplied here: that of autocast, or its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-@torch.inference_mode(False)  # samplers run in inference mode, and what is made there could not be trained
-@torch.no_grad()
-def side_by_side(*parameters: Tensor) -> Tensor:
-    """Matrices or biases one below the other, without a second copy: where they do not lie so already, they are moved.
-
-    The parameters stay the same objects and become views of the whole, so what updates them in place updates it.
-    """
-    first, lengths = parameters[0], [len(p) for p in parameters]
-    row = first.element_size() * first[0].numel()
-    starts = [first.data_ptr() + row * sum(lengths[:i]) for i in range(len(lengths))]
-    same = {p.untyped_storage().data_ptr() for p in parameters} == {first.untyped_storage().data_ptr()}
-    if same and [p.data_ptr() for p in parameters] == starts:
-        return first.detach().as_strided((sum(lengths), *first.shape[1:]), first.stride())
-    whole = torch.cat([p.detach() for p in parameters])
-    for p, part in zip(parameters, torch.split(whole, lengths)):
-        p.data = part
-    return whole
-
-
-def joined_bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
-    """Their biases one after the other, if they have any; see `side_by_side`."""
-    biases = [p for linear in linears for name, p in linear.named_parameters() if name == "bias"]
-    return side_by_side(*biases).to(dtype) if biases else None
-
-
-def biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    """y + bias in the type of y, as a linear layer adds it."""
-    return y if bias is None else y + bias.to(y.dtype)

@@ -196,6 +196,11 @@ class HFModel(HFTrunk):
         weight: Tensor = self.causal.get_output_embeddings().weight
         return weight
 
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.causal
+        return module
+
 
 class CachedHFModel(HFModel):
     """A module whose every layer keeps keys and values of all tokens, so that it can continue from our own cache."""

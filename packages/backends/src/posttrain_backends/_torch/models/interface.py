@@ -126,6 +126,11 @@ class LanguageModel(Trunk, Protocol):
         """[V, H]; logits are `hidden @ output_weight.T`."""
         ...
 
+    @property
+    def module(self) -> nn.Module:
+        """What computes; linear layers in it may be replaced by others."""
+        ...
+
 
 class NativeModel(LanguageModel, Protocol):
     """A language model of ours or the user's, which is made first and given its weights then."""

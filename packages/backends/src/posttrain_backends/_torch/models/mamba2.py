@@ -29,6 +29,7 @@ from posttrain_backends._torch.models.interface import (
 )
 from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape, config_of
+from posttrain_backends._torch.models.projections import normed, plain_state
 from posttrain_backends._torch.models.scan import Scan, by_torch
 from posttrain_backends._torch.models.ssd import Packing, convolve, convolve_step, ssd_step
 
@@ -93,9 +94,7 @@ class Mixer(nn.Module):
                 ) -> tuple[Tensor, Tensor, Tensor]:
         """The block, with its convolution and its recurrence in whichever form."""
         s, exact = self.shape, self.A_log.dtype
-        (projected,) = norm.linears(x, self.in_proj.weight)
-        if self.in_proj.bias is not None:
-            projected = projected + self.in_proj.bias.to(projected.dtype)
+        (projected,) = normed(x, norm, self.in_proj)
         with torch.autocast(x.device.type, enabled=False):
             z, inputs, dt = torch.split(projected.to(exact), [s.inner_size, s.conv_size, s.num_heads], dim=-1)
             convolved, window = mixed(inputs)
@@ -104,8 +103,8 @@ class Mixer(nn.Module):
             B, C = (v.reshape(-1, s.n_groups, s.state_size) for v in (B, C))
             dt = F.softplus(dt + self.dt_bias).clamp(*s.time_step_limit)
             y, state = recurred(u, dt, -self.A_log.exp(), B, C)
-            normed = self.norm((y + self.D[:, None] * u).flatten(-2), z)
-        return self.out_proj(normed), window, state
+            gated = self.norm((y + self.D[:, None] * u).flatten(-2), z)
+        return self.out_proj(gated), window, state
 
 
 @final
@@ -168,6 +167,10 @@ class Mamba2(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         return self.backbone.embeddings.weight if self.shape.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def module(self) -> nn.Module:
+        return self
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -235,7 +238,7 @@ class Mamba2(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder."""
-        write_model(folder, config_of(self.shape), self.state_dict())
+        write_model(folder, config_of(self.shape), plain_state(self))
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder, in whatever type they are. Raises `ConfigError` where they do not fit."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, Precision, autocast_to
+from posttrain_backends._torch.models.projections import plain_state
 
 CONTRACT = ("build(vocab_size) returns a torch.nn.Module with forward(tokens[S, T], positions[S, T]) -> "
             "hidden [S, T, H] and lm_head = torch.nn.Linear(H, vocab_size, bias=False)")
@@ -75,7 +76,7 @@ class UserModel:
     def save(self, folder: Path) -> None:
         """Write the weights, and the name of the file that builds the module."""
         config = {"model_type": "user", "file": self.file, "vocab_size": len(self.output_weight)}
-        write_model(folder, config, self.state_dict())
+        write_model(folder, config, plain_state(self.module))
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder. Raises `ConfigError` where they do not fit."""
