@@ -3,6 +3,7 @@ rounded copy of a policy, and what is refused."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from posttrain.batching import StepData, cut  # after the check that the librari
 from posttrain.data import Counts, Loss, Prompt, Sampling, Term, Weights
 from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import LoadRequest, Optimization, Output
+from posttrain.tokenizers import Characters
 from posttrain_backends._torch.models.projections import has_plain_layers, is_plain
 from posttrain_backends._torch.quantised import dequantised, quantised
 from posttrain_backends.engines import Batched
@@ -28,7 +30,8 @@ from posttrain_backends.torch_native import Torch
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
 
-V = 61
+TOKENIZER = Characters(string.ascii_letters + "0123456").load()
+V = TOKENIZER.vocab_size
 HERE = tuple(name for name, q in QUANTIZERS.items() if not q.cuda_only)
 AGREE = {name: 0.1 if QUANTIZERS[name].rounds_inputs else 2e-5 for name in HERE}
 """Nats between log-probs of the same numbers that were come by in another way."""
@@ -102,19 +105,9 @@ def scored(learner, rollouts=GIVEN) -> np.ndarray:
     return learner.score(rollouts, LOGPROBS, 1.0).logprobs
 
 
-class Letters:
-    """A tokenizer of one letter per id."""
-
-    vocab_size, bos, eos, pad = V, None, 0, 0
-
-    def encode(self, text):
-        return [ord(c) - 60 for c in text]
-
-    def decode(self, tokens):
-        return "".join(chr(int(t) + 60) for t in tokens if t)
-
-
 PROMPTS = [Prompt(text=t, group=g) for g, t in enumerate(["abc", "abc", "hello", "b", "abc"])]
+HELD = [Prompt(text="ab" * 20, group=0)] * 6
+"""Answers to a prompt that is long enough to be held once."""
 
 
 class Likelihood:
@@ -152,10 +145,11 @@ def test_log_probs_are_those_of_the_numbers_that_the_weights_stand_for(name, qua
 
 @pytest.mark.parametrize("quantize", HERE)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_quantised_model_is_drawn_from_as_it_is(name, quantize, folders):
+def test_a_quantised_model_is_drawn_from_as_it_is(name, quantize, folders, monkeypatch):
+    monkeypatch.setattr("posttrain_backends._torch.generate.SPARED", 8)  # prompts of that many tokens are held once
     learner = loaded(folders[name], quantize=quantize)
-    for slots, prompts in ((3, PROMPTS), (0, [Prompt(text="ab" * 20, group=0)] * 8)):  # and with prompts held once
-        drawn = Batched(slots=slots).start(learner, Letters(), shared=True).rollout(
+    for shared, prompts in ((True, PROMPTS), (False, PROMPTS), (True, HELD)):
+        drawn = Batched(slots=0 if prompts is HELD else 3).start(learner, TOKENIZER, shared=shared).rollout(
             prompts, Sampling(max_new_tokens=9), (0, 1))
         np.testing.assert_allclose(drawn.behavior_logprobs, scored(learner, drawn), rtol=0, atol=AGREE[quantize])
 
@@ -168,7 +162,7 @@ def test_a_policy_is_drawn_from_in_quantised_form_and_keeps_its_own(name, quanti
     learner = loaded(folders[name], train=True)
     before = {n: t.clone() for n, t in learner.params()}
     engine = Batched(slots=3, quantize=quantize)
-    evaluator, sampler = (engine.start(learner, Letters(), shared=shared) for shared in (True, False))
+    evaluator, sampler = (engine.start(learner, TOKENIZER, shared=shared) for shared in (True, False))
     assert all(torch.equal(before[n], t) for n, t in learner.params()) and has_plain_layers(learner.model.module)
     for version in (0, 1):
         drawn = sampler.rollout(PROMPTS, Sampling(max_new_tokens=9), (0, version))
@@ -187,7 +181,7 @@ def test_a_policy_is_drawn_from_in_quantised_form_and_keeps_its_own(name, quanti
 def test_bf16_and_biases_that_stay_in_float32(name, quantize, folders):
     """The libraries would give a bias the type of what they read, and a copy would no longer be given new ones."""
     learner = loaded(folders[name], train=True, precision="bf16")
-    sampler = Batched(slots=3, quantize=quantize).start(learner, Letters(), shared=False)
+    sampler = Batched(slots=3, quantize=quantize).start(learner, TOKENIZER, shared=False)
     for version in (0, 1):
         drawn = sampler.rollout(PROMPTS, Sampling(max_new_tokens=9), (0, version))
         copy = exact(folders[name], sampler._model.module, learner.params())
@@ -210,7 +204,7 @@ def test_a_quantised_reference_of_a_policy(folders):
 def test_what_is_refused_by_name(folders, tmp_path, monkeypatch):
     llama = folders["llama"]
     with pytest.raises(ConfigError, match=r"weights in nf4 stay as they are, so nothing would be trained; adapters.* "
-                                          r"are of backend hf, which loads the same folder: \{use: quantized"):
+                                          r"of backend hf.*the same folder: \{use: quantized, weights"):
         loaded(llama, train=True, quantize="nf4")
     with pytest.raises(ValueError, match=r"compute in float32 at most, and precision is float64"):
         Torch(quantize="int8", precision="float64")
@@ -223,9 +217,16 @@ def test_what_is_refused_by_name(folders, tmp_path, monkeypatch):
         loaded(llama, quantize="nf4").save(tmp_path)
     with pytest.raises(ConfigError, match=r"does not compute with linear layers in nf4(?s:.*)call its linear layers"):
         loaded(folders["user"], quantize="nf4", file=folders["user"].file.replace(":build", ":reads"))
-    mixture = Torch(**{**SIZES, "hidden_size": 32}, family="qwen3_moe", experts=4, quantize="nf4")
+    with pytest.raises(ConfigError, match="adapters on a module of yours are for its own code to have"):
+        loaded(folders["user"], train=True, quantize="nf4")
+    with pytest.raises(ConfigError, match=r"adapter: \{use: lora, targets: \[in_proj\]\}"):
+        loaded(folders["mamba2"], train=True, quantize="nf4")
+    mixture = Torch(hidden_size=64, heads=4, max_positions=64, device="cpu", family="qwen3_moe", experts=4)
+    mixture.load(LoadRequest(V)).save(tmp_path)
     with pytest.raises(ConfigError, match=r"experts\S* holds several matrices in one .*, which nf4 would leave"):
-        mixture.load(LoadRequest(V))
+        Torch(weights=str(tmp_path), device="cpu", quantize="nf4").load(LoadRequest(V))
+    with pytest.raises(ValueError, match="quantize: experts hold several matrices in one"):
+        replace(mixture, quantize="nf4")
     monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: name != "bitsandbytes" or None)
     with pytest.raises(PluginError, match=r"needs bitsandbytes.*pip install 'posttrain-backends\[quantized\]'"):
         loaded(llama, quantize="nf4")
@@ -236,7 +237,7 @@ def test_what_cannot_be_drawn_from_in_quantised_form_says_why(folders):
                         (loaded(folders["llama"], precision="float64"), r"rollout\.engine\.quantize: .* float64"),
                         (Torch(family="qwen3_moe", experts=4, device="cpu").load(LoadRequest(V)), "several matrices")):
         with pytest.raises(ConfigError, match=why):
-            Batched(quantize="int8").start(policy, Letters(), shared=False)
-    sampler = Batched(quantize="nf4").start(loaded(folders["llama"]), Letters(), shared=False)
+            Batched(quantize="int8").start(policy, TOKENIZER, shared=False)
+    sampler = Batched(quantize="nf4").start(loaded(folders["llama"]), TOKENIZER, shared=False)
     with pytest.raises(ConfigError, match="weights given to the sampler"):
         sampler.sync({"a": np.zeros(1)}.items(), 1)

@@ -19,6 +19,7 @@ pytest.importorskip("torchao")
 
 import posttrain  # after the check that the libraries are there
 from posttrain import config
+from posttrain.errors import ConfigError
 from posttrain.export import export
 from posttrain.fitting import check
 from posttrain.registry import discover
@@ -146,6 +147,37 @@ def test_a_frozen_quantised_reference(base: Path, tmp_path: Path) -> None:
     posttrain.train(settings(base, tmp_path / "run", policy=plain, reference={**plain, "quantize": "nf4"},
                              kl={"use": "fixed", "placement": "loss", "coef": 0.05}), output="quiet")
     assert all(row["kl/reference"] > 1e-4 for row in metrics(tmp_path / "run"))
+
+
+def test_a_native_policy_with_a_rounded_sampler_and_reference(base: Path, tmp_path: Path) -> None:
+    """Both read the same folder; what was drawn is corrected for, and a resumed run goes on bit for bit."""
+    plain = {"use": "torch", "weights": str(base), "device": "cpu"}
+    changes = {"policy": plain, "reference": {**plain, "quantize": "int8_weight_only"},
+               "kl": {"use": "fixed", "placement": "loss", "coef": 0.05},
+               "rollout": {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 2,
+                           "engine": {"use": "batched", "quantize": "nf4"}}}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    posttrain.train(settings(base, whole, **changes), output="quiet")
+    posttrain.train(settings(base, cut, **changes, steps=2), output="quiet")
+    posttrain.resume(cut, ["steps=4"], output="quiet")
+    found = metrics(whole)
+    assert metrics(cut) == found and len(found) == 4
+    assert yaml.safe_load((whole / "config.yaml").read_text())["correction"] == "tis"
+    assert all(row["sampler/gap_max"] > 1e-2 and row["kl/reference"] > 1e-6 for row in found)
+    assert found[0]["kl/reference"] < 1e-2  # before the first step it is the rounding alone
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"policy": {"use": "torch", "quantize": "nf4"}}, r"policy\.quantize: weights in nf4 .*nothing would be trained; "
+                                                      r"adapters.*\{use: quantized, weights"),
+    ({"policy": {"use": "ssm", "quantize": "int8"}}, r"policy\.quantize: weights in int8 .*backend hf"),
+    ({"policy": {"use": "hf", "quantize": "nf4"}}, r"policy\.quantize: .*add adapter: \{use: lora"),
+    ({"policy": {"use": "torch"}, "estimator": "gae", "critic": {"use": "torch", "quantize": "nf4"}},
+     r"critic\.quantize: weights in nf4")], ids=str)
+def test_what_cannot_be_trained_is_refused_before_it_is_loaded(changes: dict[str, Any], why: str, base: Path,
+                                                               tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=why):
+        check(config.load(settings(base, tmp_path / "run", **changes), (f"policy.weights={base}",), discover()))
 
 
 CONFIG = """

@@ -18,7 +18,7 @@ from posttrain.protocols import Sampler, Scorer, Tokenizer
 from posttrain.tokenizers import prompt_ids
 
 from posttrain_backends.on_torch import require
-from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_precision, check_quantizer
+from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -90,8 +90,8 @@ def require_quantizable(policy: TorchLearner, quantizer: Quantizer) -> None:
         raise ConfigError(["rollout.engine.quantize: the policy's weights are quantised already, and drawn from as "
                            "they are; leave it out"])
     try:
-        check_quantizer(quantizer, policy.device.type, trains=False)
-        check_precision(str(policy.model.compute_dtype).removeprefix("torch."))
+        check_quantizer(quantizer, policy.device.type,
+                        precision=str(policy.model.compute_dtype).removeprefix("torch."))
     except ValueError as error:
         raise ConfigError([f"rollout.engine.{error}"]) from None
 

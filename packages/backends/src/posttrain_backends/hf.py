@@ -137,7 +137,7 @@ class HF:
     @property
     def frozen(self) -> str:
         """See `posttrain.protocols.Frozen`."""
-        return nothing_to_train(self.quantize, ADD_ADAPTER) if self.quantize and self.adapter is None else ""
+        return nothing_to_train(self.quantize, ADD_ADAPTER) if self.adapter is None else ""
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its adapter, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""

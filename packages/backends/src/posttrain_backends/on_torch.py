@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import LoadRequest, Output
 
-from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer, native_refusal
+from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
@@ -36,14 +36,15 @@ def require(what: str, *modules: str, extra: str = "hf") -> None:
 
 
 def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeModel], weights: str, head_chunk: int,
-                   head_kernel: HeadKernel = "auto", quantize: Quantizer | None = None) -> TorchLearner:
+                   head_kernel: HeadKernel = "auto", quantize: Quantizer | None = None,
+                   frozen: str = "") -> TorchLearner:
     """The learner of the model that `made` makes, with the weights and heads of the folder `weights`, if one is named,
-    quantised where that is asked. Raises `ConfigError` where they or the kernel do not fit or would be trained in
-    quantised form, `PluginError` where the kernel or the library of the quantised layers is not installed."""
+    quantised where that is asked. Raises `ConfigError` where they or the kernel do not fit and where it would be
+    trained and is `frozen`, `PluginError` where the kernel or the library of quantised layers is not installed."""
+    if frozen and request.optimization is not None:
+        raise ConfigError([frozen])
     if quantize is not None:
         require("quantize", QUANTIZERS[quantize].library, extra="quantized")
-        if request.optimization is not None:
-            raise ConfigError([native_refusal(quantize)])
     import torch
 
     from posttrain_backends._torch.forms import form_on
@@ -62,7 +63,7 @@ def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeMod
         from posttrain_backends._torch.quantised_layers import quantise
 
         try:
-            check_quantizer(quantize, learner.device.type, trains=False)
+            check_quantizer(quantize, learner.device.type)
         except ValueError as error:
             raise ConfigError([str(error)]) from None
         quantise(model, quantize)

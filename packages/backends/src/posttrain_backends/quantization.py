@@ -41,10 +41,13 @@ QUANTIZERS: Mapping[Quantizer, Quantization] = {
 all tokens of a batch; `nf4` is of QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
 
 
-def check_quantizer(quantizer: Quantizer, device: str, *, trains: bool) -> None:
-    """Raise `ValueError` where nothing computes with such weights on the device, and where an adapter on them would not
-    learn."""
+def check_quantizer(quantizer: Quantizer, device: str, *, trains: bool = False, precision: str = "float32") -> None:
+    """Raise `ValueError` where nothing computes with such weights on the device or as exactly as is asked, and where an
+    adapter on them would not learn."""
     traits = QUANTIZERS[quantizer]
+    if precision == "float64":
+        raise ValueError(f"quantize: the layers of {traits.library} compute in float32 at most, and precision is "
+                         "float64; take float32, or leave quantize out")
     if traits.cuda_only and device == "cpu":
         elsewhere = ", ".join(name for name, q in QUANTIZERS.items() if not q.cuda_only)
         raise ValueError(f"quantize: the kernels of {quantizer} are for CUDA alone, and the device is {device}; take "
@@ -56,23 +59,13 @@ def check_quantizer(quantizer: Quantizer, device: str, *, trains: bool) -> None:
                          "adapter out")
 
 
-def check_precision(precision: str) -> None:
-    """Raise `ValueError` where the layers of the libraries compute in less."""
-    if precision == "float64":
-        raise ValueError("quantize: the layers of bitsandbytes and torchao compute in float32 at most, and precision "
-                         "is float64; take float32, or leave quantize out")
-
-
 ADD_ADAPTER = "add adapter: {use: lora}, or leave quantize out"
+ADAPT_IN_HF = "adapters that learn on them are those of backend hf, which loads the same folder: {use: quantized, " \
+    "weights: ...%s}; or leave quantize out"
+"""Of native models; with what else that backend must be told."""
 
 
-def nothing_to_train(quantizer: Quantizer, remedy: str) -> str:
-    """Why a model in such weights cannot be trained."""
-    return f"quantize: weights in {quantizer} stay as they are, so nothing would be trained; {remedy}"
-
-
-def native_refusal(quantizer: Quantizer | None) -> str:
-    """Why a native model, which has no adapters, cannot be trained; empty where its weights are plain."""
-    return "" if quantizer is None else nothing_to_train(
-        quantizer, "adapters, which learn on such weights, are of backend hf, which loads the same folder: {use: "
-                   "quantized, weights: ...}, or {use: hf, weights: ...} without them; or leave quantize out")
+def nothing_to_train(quantizer: Quantizer | None, remedy: str) -> str:
+    """Why a model in such weights and without an adapter cannot be trained; empty where its weights are plain."""
+    return f"quantize: weights in {quantizer} stay as they are, so nothing would be trained; {remedy}" \
+        if quantizer else ""

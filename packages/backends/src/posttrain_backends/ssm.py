@@ -15,7 +15,7 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
-from posttrain_backends.quantization import Quantizer, check_precision, check_quantizer, native_refusal
+from posttrain_backends.quantization import ADAPT_IN_HF, Quantizer, check_quantizer, nothing_to_train
 
 KERNELS: Mapping[str, str] = {
     "mamba_ssm": "pip install mamba-ssm --no-build-isolation (it is built with the CUDA compiler)",
@@ -92,8 +92,7 @@ class SSM:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.quantize is not None:
-            check_quantizer(self.quantize, self.device, trains=False)
-            check_precision(self.precision)
+            check_quantizer(self.quantize, self.device, precision=self.precision)
         if self.head_chunk < 0:
             raise ValueError(f"head_chunk must not be negative (0 chooses), got {self.head_chunk}")
         self._check_kernel()
@@ -127,13 +126,14 @@ class SSM:
     @property
     def frozen(self) -> str:
         """See `posttrain.protocols.Frozen`."""
-        return native_refusal(self.quantize)
+        return nothing_to_train(self.quantize, 
+            ADAPT_IN_HF % ", adapter: {use: lora, targets: [in_proj]}")
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'ssm'", "torch", extra="torch")
         return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel,
-                              self.quantize)
+                              self.quantize, self.frozen)
 
     def _model(self, request: LoadRequest) -> Mamba2:
         from posttrain_backends._torch.device import device_of

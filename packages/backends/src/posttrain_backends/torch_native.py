@@ -15,7 +15,7 @@ from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
-from posttrain_backends.quantization import Quantizer, check_precision, check_quantizer, native_refusal
+from posttrain_backends.quantization import ADAPT_IN_HF, Quantizer, check_quantizer, nothing_to_train
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MIXTURES = frozenset({"qwen2_moe", "qwen3_moe"})
 """Families of new models that have experts."""
+_ADAPT_YOURS = "adapters on a module of yours are for its own code to have; leave quantize out"
 
 
 @final
@@ -116,8 +117,7 @@ class Torch:
         self._check_experts()
         require_attention(self.attention, self.device, self.precision)
         if self.quantize is not None:
-            check_quantizer(self.quantize, self.device, trains=False)
-            check_precision(self.precision)
+            check_quantizer(self.quantize, self.device, precision=self.precision)
         if self.file and self.attention != "auto":
             raise ValueError("attention is for the native transformer; a module from `file` computes its own")
         if self.file and self.gradient_checkpointing:
@@ -134,6 +134,9 @@ class Torch:
         if self.family not in _MIXTURES and any(sizes):
             raise ValueError(f"a {self.family} has no experts; set family to {' or '.join(sorted(_MIXTURES))}, or "
                              "leave out experts, expert_size and shared_expert_size")
+        if self.quantize is not None and self.family in _MIXTURES:
+            raise ValueError("quantize: experts hold several matrices in one, which would stay as they are; leave it "
+                             "out, or take a family without experts")
         if self.shared_expert_size and self.family != "qwen2_moe":
             raise ValueError(f"a {self.family} has no shared expert; set family to qwen2_moe, or leave out "
                              "shared_expert_size")
@@ -150,13 +153,13 @@ class Torch:
     @property
     def frozen(self) -> str:
         """See `posttrain.protocols.Frozen`."""
-        return native_refusal(self.quantize)
+        return nothing_to_train(self.quantize, _ADAPT_YOURS if self.file else ADAPT_IN_HF % "")
 
     def load(self, request: LoadRequest) -> TorchLearner:
         """The model with its weights, its value heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'torch'", "torch", extra="torch")
         return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel,
-                              self.quantize)
+                              self.quantize, self.frozen)
 
     def _model(self, request: LoadRequest) -> Decoder | UserModel:
         import torch
