@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from likelihood import Likelihood
 from ragged import answers_to_one_prompt
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
 from posttrain.batching import StepData, cut  # after the check that the library is there
-from posttrain.data import Counts, Loss, Prompt, Rollouts, Sampling, Term, Weights
+from posttrain.data import Prompt, Rollouts, Sampling, Weights
 from posttrain.errors import ConfigError, DataError, PluginError
 from posttrain.protocols import LoadRequest, Optimization, Output
 from posttrain_backends._torch.layout import Layout
@@ -135,18 +136,6 @@ def shake(learner) -> None:
     with torch.no_grad():
         for _, p in learner.model.named_parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-
-
-class Likelihood:
-    """The loss -sum(weight * logprob)."""
-
-    needs, outputs, unit, slots = frozenset(), LOGPROBS, "episode", ("main",)
-
-    def weights(self, counts: Counts) -> Weights:
-        return Weights(weight=np.ones(counts.actions))
-
-    def __call__(self, ops, out, batch, coef):
-        return Loss({"policy": Term(-ops.xp.sum(batch.weight * out.logprobs))})
 
 
 def accumulated(learner, given: Rollouts, parts) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from likelihood import Likelihood
 from ragged import answers_to_one_prompt
 
 transformers = pytest.importorskip("transformers")
@@ -18,7 +19,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
 from posttrain.batching import StepData, cut  # after the check that the libraries are there
-from posttrain.data import Counts, Loss, Prompt, Sampling, Term, Weights
+from posttrain.data import Prompt, Sampling, Weights
 from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import LoadRequest, Optimization, Output
 from posttrain_backends._torch.models.hf import CachedHFModel
@@ -94,18 +95,6 @@ def shaken(learner, spread: float, only: str = "") -> None:
         for name, p in learner.model.named_parameters():
             if only in name:
                 p.add_(spread * torch.randn(p.shape, generator=generator))
-
-
-class Likelihood:
-    """The loss -sum(weight * logprob)."""
-
-    needs, outputs, unit, slots = frozenset(), LOGPROBS, "episode", ("main",)
-
-    def weights(self, counts: Counts) -> Weights:
-        return Weights(weight=np.ones(counts.actions))
-
-    def __call__(self, ops, out, batch, coef):
-        return Loss({"policy": Term(-ops.xp.sum(batch.weight * out.logprobs))})
 
 
 WEIGHTS = np.linspace(-1, 1, int(GIVEN.is_action.sum()))
