@@ -90,8 +90,8 @@ class DecoderLayer(nn.Module):
         attention = self.self_attn
         return LayerWeights(
             self.input_layernorm.weight, joined((attention.q_proj, attention.k_proj, attention.v_proj), dtype),
-            attention.head_norms(), attention.has_rope, attention.o_proj, self.post_attention_layernorm.weight,
-            self.mlp.for_decoding(dtype))
+            attention.head_norms(), attention.has_rope, joined((attention.o_proj,), dtype),
+            self.post_attention_layernorm.weight, self.mlp.for_decoding(dtype))
 
 
 class Trunk(nn.Module):
@@ -304,7 +304,7 @@ class LayerWeights:
     head_norms: Tensor | None
     """[heads + kv_heads, D]"""
     has_rope: bool
-    o: nn.Linear
+    o: Projection
     post_attention_norm: Tensor
     mlp: DenseWeights | DecodedMixture
 

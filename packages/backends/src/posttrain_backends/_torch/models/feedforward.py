@@ -29,7 +29,7 @@ class MLP(nn.Module):
         return gated(gate, up, self.down_proj)
 
     def for_decoding(self, dtype: torch.dtype) -> DenseWeights:
-        return DenseWeights(joined((self.gate_proj, self.up_proj), dtype), self.down_proj)
+        return DenseWeights(joined((self.gate_proj, self.up_proj), dtype), joined((self.down_proj,), dtype))
 
 
 class Mixture(nn.Module):
@@ -71,12 +71,12 @@ class DenseWeights:
 
     gate_up: Projection
     """H -> 2 I"""
-    down: nn.Linear
+    down: Projection
 
     def __call__(self, x: Tensor, routes: Routes) -> Tensor:
         """[B, H] -> [B, H]"""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return gated(gate, up, self.down)
+        return self.down(F.silu(gate).mul_(up))
 
 
 @final
