@@ -242,7 +242,7 @@ def test_every_name_has_its_function_and_the_other_way_round() -> None:
     assert ATTENTION.keys() == KINDS.keys()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "eager"])
 def test_on_cuda_every_installed_name_is_sound(name: str) -> None:
     kind = KINDS[name]

@@ -229,7 +229,7 @@ def test_rounding_to_8_bits_is_told_from_what_is_wrong(folder, monkeypatch):
     assert "its hidden states of padded rows differ from those of eager" in fault_of(model, "sdpa", trained=False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_on_cuda_auto_finds_one_that_is_sound_and_better_than_padding(precision, folder, caplog):
     with caplog.at_level(logging.WARNING):

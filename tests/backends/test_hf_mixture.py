@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
@@ -55,6 +56,8 @@ KINDS = {
     "deepseek_v3": {**GROUPS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
                     "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8},
 }
+BIASED = ("glm4_moe", "deepseek_v3")
+"""Those whose routers have a bias; older versions of the library are refused for them."""
 OURS = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Those that the native decoder computes, too."""
 ATTENTION = Lora(rank=2, targets=("q_proj", "o_proj"))
@@ -66,6 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
+        if name in BIASED and Version(transformers.__version__) < Version("5.23"):
+            pytest.skip(f"transformers {transformers.__version__} has {name} with routers that give no weights and ids")
         if name not in made:
             made[name] = written(tmp_path_factory.mktemp("model"), name, KINDS[name])
             learner = load(made[name])
@@ -99,7 +104,7 @@ def test_drawn_tokens_are_scored_as_recorded_by_the_experts_that_were_recorded(n
     learner = load(folder(name))
     drawn = recorded_by(learner)
     read = np.setdiff1d(np.arange(len(drawn.tokens)), drawn.offsets[1:] - 1)
-    layers = (1, 2) if name in ("glm4_moe", "deepseek_v3") else (0, 1)
+    layers = (1, 2) if name in BIASED else (0, 1)
     assert learner.model.mixtures == layers and drawn.routes.shape == (len(drawn.tokens), 2, 2)
     assert (drawn.routes[drawn.offsets[1:] - 1] == 255).all() and drawn.routes[read].max() == E - 1
     assert (np.sort(drawn.routes[read]) == np.sort(chosen(learner, drawn)[read])).all()
@@ -143,11 +148,11 @@ def test_replayed_experts_are_weighed_by_the_scores_of_all(name, folder):
         assert taken[2].tolist() == liked[2].tolist() and (taken[[0, 1, 3, 4, 5, 6]] == torch.tensor([5, 0])).all()
         for row, (z, w, chosen_ids) in enumerate(zip(logits.detach(), weights.detach(), taken, strict=True)):
             z = z.double()
-            scores = 1 / (1 + (-z).exp()) if name in ("glm4_moe", "deepseek_v3") else z.exp() / z.exp().sum()
+            scores = 1 / (1 + (-z).exp()) if name in BIASED else z.exp() / z.exp().sum()
             own = scores[chosen_ids]
             if name != "qwen2_moe":  # whose file says norm_topk_prob: false
                 own = own / own.sum()
-            expected = own * (1.5 if name in ("glm4_moe", "deepseek_v3") else 1.0)
+            expected = own * (1.5 if name in BIASED else 1.0)
             torch.testing.assert_close(w.double(), expected, rtol=1e-5, atol=1e-7, msg=f"row {row}")
     router = next(iter(hf_mixture.routers_of(learner.model.causal, MIXTURES[name]).values())).weight
     gradient, = torch.autograd.grad(replayed[0][1][:, 0].sum(), router)
@@ -189,7 +194,7 @@ def native_learner(path: Path):
     return Torch(weights=str(path), device="cpu").load(LoadRequest(V, optimization=Optimization(lr=0.1)))
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", BIASED)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_replays_in_every_split(name, checkpointing, folder):
     learner = load(folder(name))
@@ -253,7 +258,7 @@ def test_without_a_coefficient_no_loss_is_added(folder):
     assert "loss/expert_balance" not in measured and "experts/entropy" in measured
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", BIASED)
 def test_a_bias_moves_by_the_sign_of_the_load_and_resumes_bit_for_bit(name, folder):
     learner, frozen = load(folder(name), lr=0.1, expert_bias_rate=0.03), load(folder(name), lr=0.1)
     moved = elsewhere(recorded_by(learner), E)

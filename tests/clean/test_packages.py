@@ -43,7 +43,8 @@ NOT_OF_EXTRAS = "not tokenizers and not mlflow and not tensorboard and not wandb
 """Modules of core whose examples need an extra."""
 MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
     "estimators": LIBRARIES[:4], "objectives": (*LIBRARIES[:4], "moocore"),
-    "backends": ("jax", "transformers", "peft", "triton", "posttrain_objectives"),
+    "backends": ("jax", "transformers", "peft", "triton", "posttrain_objectives", "bitsandbytes", "torchao", "xformers",
+                 "fla", "mamba_ssm"),
     "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
 
 
