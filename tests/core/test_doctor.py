@@ -77,6 +77,15 @@ def test_packages_that_are_not_installed_are_no_fault() -> None:
     assert {f.status for f in found} == {"ok"} and sum(f.value == "not installed" for f in found) == 5
 
 
+def test_a_library_may_be_too_old_for_an_extra_that_is_not_there() -> None:
+    offered = {"peft": [("posttrain-backends[lora]", "0.20"), ("posttrain-backends[quantized]", "0.21")],
+               "torchao": [("posttrain-backends[quantized]", "0.18")]}
+    alone = {finding.name: finding for finding in doctor.libraries(offered, installed({"peft": "0.20"}))}
+    assert alone["peft"].status == "ok" and "not installed" in alone["torchao"].value
+    both = {finding.name: finding for finding in doctor.libraries(offered, installed({"peft": "0.20", "torchao": "0.18"}))}
+    assert both["peft"].status == "broken" and "posttrain-backends[quantized] needs at least 0.21" in both["peft"].value
+
+
 def test_optional_libraries_name_the_extra_and_an_old_one_is_broken() -> None:
     offered = {"torch": [("posttrain-backends[torch]", "2.11")], "matplotlib": [("posttrain-core[report]", "3.9")]}
     torch, matplotlib = doctor.libraries(offered, installed({"torch": "2.9.1+cpu"}))

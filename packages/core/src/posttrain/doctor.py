@@ -121,14 +121,16 @@ def extras(installed: Installed) -> dict[str, list[tuple[str, str]]]:
 
 
 def libraries(offered: Mapping[str, Sequence[tuple[str, str]]], installed: Installed) -> Iterator[Finding]:
-    """Optional libraries: their version, or which extra brings them; one that is too old is broken."""
+    """Optional libraries: their version, or which extra brings them; one that is too old is broken, for those extras of
+    which nothing is missing: the others are not in use."""
+    in_part = {extra for name, brought in offered.items() if installed(name) is None for extra, _ in brought}
     for name, brought in offered.items():
         found, by = installed(name), ", ".join(extra for extra, _ in brought)
         if found is None:
             yield Finding("optional libraries", name, f"not installed; for {by}",
                           remedy=f"pip install '{brought[0][0]}'")
             continue
-        old = [(extra, least) for extra, least in brought if least and older(found, least)]
+        old = [(extra, least) for extra, least in brought if extra not in in_part and least and older(found, least)]
         if old:
             yield Finding("optional libraries", name, f"{found}; {old[0][0]} needs at least {old[0][1]}", "broken",
                           f"pip install --upgrade '{old[0][0]}'")
