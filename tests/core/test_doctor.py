@@ -82,7 +82,8 @@ def test_a_library_may_be_too_old_for_an_extra_that_is_not_there() -> None:
                "torchao": [("posttrain-backends[quantized]", "0.18")]}
     alone = {finding.name: finding for finding in doctor.libraries(offered, installed({"peft": "0.20"}))}
     assert alone["peft"].status == "ok" and "not installed" in alone["torchao"].value
-    both = {finding.name: finding for finding in doctor.libraries(offered, installed({"peft": "0.20", "torchao": "0.18"}))}
+    there = installed({"peft": "0.20", "torchao": "0.18"})
+    both = {finding.name: finding for finding in doctor.libraries(offered, there)}
     assert both["peft"].status == "broken" and "posttrain-backends[quantized] needs at least 0.21" in both["peft"].value
 
 
