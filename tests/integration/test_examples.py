@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from posttrain import config
 from posttrain.fitting import check
 from posttrain.registry import discover
@@ -28,16 +29,24 @@ def test_the_files_are_right(name, tmp_path):
     assert loaded.settings.tokenizer.eos == "<|im_end|>"
 
 
-def test_the_demo_on_weights_in_4_bits_is_right(tmp_path):
+@pytest.mark.parametrize("name", ["rl", "hf", "qlora", "moe", "ssm"])
+def test_the_files_of_the_demo_are_right_and_short(name, tmp_path):
     shutil.copytree(ADDITION, tmp_path / "examples" / "addition", ignore=shutil.ignore_patterns("data"))
     (tmp_path / "examples" / "addition" / "data").mkdir()
-    for name in ("train", "held_out"):
-        (tmp_path / "examples" / "addition" / "data" / f"{name}.jsonl").write_text("")
-    (tmp_path / "runs" / "addition-sft" / "policy").mkdir(parents=True)
-    loaded = config.load(tmp_path / "examples" / "addition" / "qlora.yaml", [], discover())
+    for rows in ("train", "held_out"):
+        (tmp_path / "examples" / "addition" / "data" / f"{rows}.jsonl").write_text("")
+    for warm_start in ("addition-sft", "addition-moe-sft", "addition-ssm-sft"):
+        (tmp_path / "runs" / warm_start / "policy").mkdir(parents=True)
+    loaded = config.load(tmp_path / "examples" / "addition" / f"{name}.yaml", [], discover())
     check(loaded)
-    assert loaded.settings.policy.quantize == "nf4" and loaded.settings.policy.adapter is not None
-    assert len((ADDITION / "qlora.yaml").read_text().splitlines()) < 30
+    assert loaded.settings.steps == 120 and loaded.settings.rollout.group_size == 8
+    assert len((ADDITION / f"{name}.yaml").read_text().splitlines()) < 30
+
+
+def test_the_demo_on_weights_in_4_bits_trains_adapters():
+    policy = yaml.safe_load((ADDITION / "qlora.yaml").read_text())["policy"]
+    made = discover().create("backend", policy.pop("use"), **policy)
+    assert made.quantize == "nf4" and made.adapter is not None
 
 
 @pytest.mark.slow
