@@ -219,7 +219,7 @@ def packed(learner: Any, reference: Any) -> str:
 
 
 def drawn(learner: Any, reference: Any) -> str:
-    from posttrain_backends._torch.generate import Room, rows_for
+    from posttrain_backends._torch.rows import Room, rows_for
 
     try:
         sampler = Batched(slots=3).start(learner, TOKENIZER, shared=True)

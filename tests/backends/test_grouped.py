@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from posttrain.data import Prompt, Rollouts, Sampling
 from posttrain.protocols import Output
 from posttrain.tokenizers import Characters
-from posttrain_backends._torch import generate
-from posttrain_backends._torch.generate import Room, TorchSampler
+from posttrain_backends._torch import rows as pasts
+from posttrain_backends._torch.generate import TorchSampler
 from posttrain_backends._torch.held_prompts import HeldPrompts
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
@@ -22,6 +22,7 @@ from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.grouped import Groups, SharedPrompts, attention
 from posttrain_backends._torch.models.interface import KVCache, Precision
 from posttrain_backends._torch.models.shape import Shape
+from posttrain_backends._torch.rows import Room
 from posttrain_backends.engines import Batched
 from torch import Tensor
 
@@ -157,7 +158,7 @@ def test_a_prompt_that_comes_again_is_not_copied_twice() -> None:
 def test_room_keeps_to_the_cells_that_are_allowed(prompts: list[tuple[int, ...]], new: int, rows: int, tokens: int,
                                                   shares: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "SPARED", 1)
+        patch.setattr(pasts, "SPARED", 1)
         found, alone = (Room.most(prompts, new, rows, tokens, shares=s) for s in (shares, False))
     cells = found.prompts * (found.columns - new) + found.rows * (new if found.prompts else found.columns)
     assert 1 <= found.rows <= min(rows, len(prompts))
@@ -194,7 +195,7 @@ def drawn(model: Decoder, engine: Batched, sampling: Sampling) -> tuple[Rollouts
 def test_holding_prompts_once_changes_no_answer(engine: Batched, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sampling, found = decoder(shape), Sampling(max_new_tokens=12), []
     for spared in (0, 10**9):
-        monkeypatch.setattr(generate, "SPARED", spared)
+        monkeypatch.setattr(pasts, "SPARED", spared)
         found.append(drawn(model, engine, sampling)[0])
     a, b = found
     assert len(set(a.episode_actions.tolist())) > 3
@@ -207,7 +208,7 @@ def test_holding_prompts_once_changes_no_answer(engine: Batched, shape: Shape, m
 
 
 def test_bfloat16_draws_near_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "SPARED", 0)
+    monkeypatch.setattr(pasts, "SPARED", 0)
     model = decoder(DENSE, "bf16")
     rollouts, _ = drawn(model, Batched(), Sampling(max_new_tokens=12))
     scored = TorchLearner(model).score(rollouts, frozenset({Output.LOGPROBS}), 1.0)
@@ -224,6 +225,6 @@ def test_prompts_are_held_once_where_that_spares_enough(monkeypatch: pytest.Monk
     monkeypatch.setattr(Decoder, "decode_grouped", spy)
     drawn(decoder(DENSE), Batched(), Sampling(max_new_tokens=4))
     assert not used  # short prompts are copied
-    monkeypatch.setattr(generate, "SPARED", 1)
+    monkeypatch.setattr(pasts, "SPARED", 1)
     drawn(decoder(DENSE), Batched(), Sampling(max_new_tokens=4))
     assert max(used) == 5

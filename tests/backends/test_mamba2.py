@@ -29,6 +29,7 @@ from posttrain_backends._torch.models.mamba2 import Mamba2
 from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape, config_of, read_shape
 from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.models.ssd import Packing, ssd
+from posttrain_backends._torch.rows import RecomputedRows
 from posttrain_backends.engines import Batched
 from posttrain_backends.ssm import SSM
 from posttrain_backends.torch_native import Torch
@@ -340,7 +341,7 @@ def test_generated_logprobs_equal_scored_ones(kind, temperature):
 def test_states_give_the_answers_that_reading_all_anew_gives(engine, monkeypatch):
     model = mamba2()
     ours = rollout(model, engine)
-    monkeypatch.setattr(generate, "rows_for", generate.RecomputedRows)
+    monkeypatch.setattr(generate, "rows_for", RecomputedRows)
     wanted = rollout(model, Batched())
     np.testing.assert_array_equal(ours.tokens, wanted.tokens)
     np.testing.assert_allclose(ours.behavior_logprobs, wanted.behavior_logprobs, rtol=0, atol=1e-6)

@@ -146,7 +146,7 @@ def test_log_probs_are_those_of_the_numbers_that_the_weights_stand_for(name, qua
 @pytest.mark.parametrize("quantize", HERE)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_quantised_model_is_drawn_from_as_it_is(name, quantize, folders, monkeypatch):
-    monkeypatch.setattr("posttrain_backends._torch.generate.SPARED", 8)  # prompts of that many tokens are held once
+    monkeypatch.setattr("posttrain_backends._torch.rows.SPARED", 8)  # prompts of that many tokens are held once
     learner = loaded(folders[name], quantize=quantize)
     for shared, prompts in ((True, PROMPTS), (False, PROMPTS), (True, HELD)):
         drawn = Batched(slots=0 if prompts is HELD else 3).start(learner, TOKENIZER, shared=shared).rollout(

@@ -7,8 +7,7 @@ load proves harmless; where it is not, rows are scored one by one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -25,7 +24,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from posttrain_backends._torch.device import device_of
 from posttrain_backends._torch.memory import translating_memory_errors
@@ -34,6 +32,7 @@ from posttrain_backends._torch.models.attention import BOUND, relative
 from posttrain_backends._torch.models.hf_attention import attending, read_with, switch
 from posttrain_backends._torch.models.hf_value import head_of
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
+from posttrain_backends._torch.quiet import errors_alone, without_bars
 from posttrain_backends.attention import choose, differs, raised, require_device
 from posttrain_backends.hf import source_of, unreachable
 
@@ -92,9 +91,10 @@ def read_classifier(spec: HF | RewardModel, config: Any) -> tuple[Task, PreTrain
     name, arguments = source_of(spec.weights, spec.model, spec.revision)
     attention = read_with(spec.attention)
     try:
-        module, loading = loader.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True, output_loading_info=True, **arguments)
+        with without_bars(local=bool(spec.weights)):
+            module, loading = loader.from_pretrained(
+                name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=spec.trust_remote_code,
+                use_safetensors=True, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(source, error) from error
     if missing := sorted(loading["missing_keys"]):
@@ -113,7 +113,7 @@ def read_with_head(spec: HF | RewardModel, head: Mapping[str, Tensor]) -> PreTra
     transformers knows no such model of that architecture."""
     attention, labels = read_with(spec.attention), len(head["weight"])
     try:
-        with quiet():  # it reports that the output matrix is not used and the read-out is not there
+        with without_bars(), errors_alone():  # else: the output matrix is not used, and the read-out is not there
             module, loading = AutoModelForSequenceClassification.from_pretrained(
                 spec.weights, num_labels=labels, dtype=torch.float32, attn_implementation=attention,
                 trust_remote_code=spec.trust_remote_code, use_safetensors=True, output_loading_info=True,
@@ -127,17 +127,6 @@ def read_with_head(spec: HF | RewardModel, head: Mapping[str, Tensor]) -> PreTra
     files.copy_named(head.items(), readout.state_dict(), f"the value head in {spec.weights}")
     setattr(module, name, readout)
     return module.eval()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Only errors of transformers are told."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 # ---- the texts that it reads

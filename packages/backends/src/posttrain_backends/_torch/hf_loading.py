@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +104,7 @@ def read(spec: HF) -> PreTrainedModel:
     how = {"dtype": torch.float32} if "gguf_file" in arguments else reading(spec, read_config(spec))
     generator = torch.get_rng_state()  # recurrent layers are drawn first, and then overwritten
     try:
-        with without_bars() if spec.weights else nullcontext():  # what is fetched from the hub may take minutes
+        with without_bars(local=bool(spec.weights)):
             causal = AutoModelForCausalLM.from_pretrained(
                 name, attn_implementation=read_with(spec.attention), trust_remote_code=spec.trust_remote_code,
                 use_safetensors=True if "gguf_file" not in arguments else None, **arguments, **how)

@@ -122,10 +122,9 @@ def prepared(causal: PreTrainedModel) -> PreTrainedModel:
     for layer in map(never_packed, quantised(causal).values()):
         if quantizer in _IN_BFLOAT16:
             compute_in_bfloat16(layer)
-    if quantizer in _IN_BFLOAT16:
-        for p in causal.parameters():
-            if type(p) is nn.Parameter:
-                p.data = p.data.float()
+    for p in causal.parameters():
+        if type(p) is nn.Parameter:  # a copy: the file of all float weights is mapped while one of them lies in it
+            p.data = p.data.to(torch.float32, copy=True)
     return causal
 
 

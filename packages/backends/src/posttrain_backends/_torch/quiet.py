@@ -39,16 +39,31 @@ def _stays(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Inside, transformers draws no bars: what is read or written is said by who asked for it."""
+def errors_alone() -> Iterator[None]:
+    """Inside, only errors of transformers are told."""
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        transformers_logging.set_verbosity(before)
+
+
+@contextmanager
+def without_bars(*, local: bool = True) -> Iterator[None]:
+    """Inside, transformers draws no bars over what is `local`: who reads or writes it says so. What is fetched from the
+    hub may take minutes."""
+    from transformers.utils import logging as transformers_logging
+
+    hidden = local and transformers_logging.is_progress_bar_enabled()
+    if hidden:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
             transformers_logging.enable_progress_bar()
 
 

@@ -106,13 +106,16 @@ def cases(model: HFTrunk, name: str) -> Iterator[Case]:
     yield Case("packed sequences" if model.packed else "padded rows", tokens, layout,
                lambda model, tokens, layout: model.hidden(tokens, layout))
     if isinstance(model, CachedLanguageModel):
-        yield Case("rows that fill a cache", tokens, layout,
-                   lambda model, tokens, layout: model.prefill(tokens, layout)[0],  # type: ignore[attr-defined]
-                   backward=False)
+        yield Case("rows that fill a cache", tokens, layout, _prefilled, backward=False)
     if name == "flex" and model.trees and not model.packed:  # the others leave trees to sdpa
         tokens, _ = probe_tokens(model, [7])
         yield Case("a shared prompt", tokens, Layout.from_offsets(
             [0, 5, 9], model.device, np.array([0, 1, 2, 3, 4, 0, 1, 5, 6])), _as_tree)
+
+
+def _prefilled(model: HFTrunk, tokens: Tensor, layout: Layout) -> Tensor:
+    assert isinstance(model, CachedLanguageModel)
+    return model.prefill(tokens, layout)[0]
 
 
 def _as_tree(model: HFTrunk, tokens: Tensor, layout: Layout) -> Tensor:
