@@ -59,7 +59,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 class TestTorch(BackendContract):
     components = (NATIVE, replace(NATIVE, layers=2, kv_heads=2, precision="float64"),
-                  replace(NATIVE, tied_embeddings=True, gradient_checkpointing=True, head_chunk=3))
+                  replace(NATIVE, tied_embeddings=True, gradient_checkpointing=True, head_chunk=3),
+                  replace(NATIVE, family="qwen3", attention="eager"))
 
     def reloaded(self, component: Torch, folder: Path) -> Torch:
         return Torch(weights=str(folder), device="cpu", precision=component.precision)
@@ -97,6 +98,13 @@ def test_a_wrong_comparison_in_one_pass_is_found(bug: str, monkeypatch: pytest.M
     assert [name for name, _ in failures(TestTorch, NATIVE, only=test)] == [test]
 
 
+class TestTorchWithoutPositions(TestTorch):
+    """Every fourth layer has none, so there are four, and less noise: a step is to be small where all four bend."""
+
+    components = (replace(NATIVE, family="smollm3", layers=4, precision="float64"),)
+    spread = 0.1
+
+
 class TestSSM(BackendContract):
     components = (STATES, replace(STATES, layers=2, groups=2, precision="float64"),
                   replace(STATES, tied_embeddings=True, gradient_checkpointing=True, head_chunk=3))
@@ -106,7 +114,8 @@ class TestSSM(BackendContract):
 
 
 class TestHF(BackendContract):
-    components = (HF(weights="tiny", device="cpu"),)
+    components = (HF(weights="tiny", device="cpu"),
+                  HF(weights="tiny", device="cpu", attention="eager", packing="always"))
     seeded = False
 
     def reloaded(self, component: HF, folder: Path) -> HF:
