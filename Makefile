@@ -23,9 +23,10 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "posttrain needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# The build backend is installed first and builds are not isolated: an isolated build would ignore the constraints.
+# The build backends are installed first and builds are not isolated: an isolated build would ignore the constraints.
+# setuptools builds the two dependencies of reasoning_gym that come as source alone, and has to know wheels by itself.
 $(STAMP): $(PROJECTS) constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip hatchling editables
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools hatchling editables
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --group dev \
 		$(PACKAGES:%=--editable ./packages/%) --editable '.[all]'
 	touch $@

@@ -117,6 +117,6 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     request = LoadRequest(8, optimization=Optimization(moments="int8"))
     with pytest.raises(ConfigError, match="int8 is for parameters in float32"):
         Torch(hidden_size=8, layers=1, heads=2, kv_heads=1, precision="float64", device="cpu").load(request)
-    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain_backends.installed.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"optimizer.moments: int8 needs bitsandbytes.*backends\[quantized\]"):
         NamedAdamW(parameters(), SETTINGS)

@@ -17,8 +17,8 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import attention
 from posttrain_backends._torch.models.attention import ATTENTION, eager, fault_of
 from posttrain_backends._torch.models.decoder import Decoder
-from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends.attention import KINDS, candidates, choose, installed
+from posttrain_backends.families.shape import Shape
 from posttrain_backends.hf import HF
 from posttrain_backends.reward_models import RewardModel
 from posttrain_backends.torch_native import Torch

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest
-from posttrain_backends._torch.layout import Layout, offsets_of_tokens
-from posttrain_backends._torch.models.config import config_of
+from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import CachedLanguageModel, LanguageModel
-from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.models.user import load_user_model
+from posttrain_backends.families.config import config_of
+from posttrain_backends.families.shape import Shape
+from posttrain_backends.ragged import offsets_of_tokens
 from posttrain_backends.torch_native import Torch
 
 torch.set_num_threads(1)

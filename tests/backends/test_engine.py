@@ -21,8 +21,8 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import CachedLanguageModel, Precision
-from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends.engines import Batched, StopStrings, uniforms
+from posttrain_backends.families.shape import Shape
 from scipy.stats import chisquare
 from torch import Tensor, nn
 

@@ -31,9 +31,9 @@ from posttrain.data import Prompt, Sampling
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.models.config import read_shape
-from posttrain_backends._torch.models.rope import Linear, Llama3
 from posttrain_backends.engines import Batched
+from posttrain_backends.families.config import read_shape
+from posttrain_backends.families.rope import Linear, Llama3
 from posttrain_backends.torch_native import Torch
 from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

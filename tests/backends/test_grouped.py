@@ -21,9 +21,9 @@ from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.grouped import Groups, SharedPrompts, attention
 from posttrain_backends._torch.models.interface import KVCache, Precision
-from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.rows import Room
 from posttrain_backends.engines import Batched
+from posttrain_backends.families.shape import Shape
 from torch import Tensor
 
 torch.set_num_threads(1)

@@ -296,7 +296,7 @@ def test_what_is_refused_by_name(folder, tmp_path, monkeypatch):
         HF(model="org/name", revision="main")
     with pytest.raises(ValueError, match="give weights"):
         HF(weights="a", model="b/c")
-    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain_backends.installed.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"pip install 'posttrain-backends\[hf\]'"):
         load(folder("llama"))
 

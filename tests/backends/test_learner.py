@@ -19,7 +19,7 @@ from posttrain.errors import ConfigError, Diverged, MemoryExhausted
 from posttrain.protocols import LoadRequest, Need, Optimization, Output
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
-from posttrain_backends._torch.optimizer import lr_at
+from posttrain_backends.schedule import lr_at
 from posttrain_backends.torch_native import Torch
 
 torch.set_num_threads(1)

@@ -26,11 +26,11 @@ from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import CachedLanguageModel, RecurrentLanguageModel
 from posttrain_backends._torch.models.mamba2 import Mamba2
-from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape, config_of, read_shape
-from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.models.ssd import Packing, ssd
 from posttrain_backends._torch.rows import RecomputedRows
 from posttrain_backends.engines import Batched
+from posttrain_backends.families.mamba2 import Mamba2Shape, config_of, read_shape
+from posttrain_backends.families.shape import Shape
 from posttrain_backends.ssm import SSM
 from posttrain_backends.torch_native import Torch
 

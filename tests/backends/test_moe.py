@@ -39,9 +39,9 @@ from posttrain.testing import BackendContract
 from posttrain.testing.tiny_models import step_data
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import mixture
-from posttrain_backends._torch.models.config import read_shape
 from posttrain_backends._torch.models.mixture import MixtureWeights, Routes
 from posttrain_backends.engines import Batched
+from posttrain_backends.families.config import read_shape
 from posttrain_backends.torch_native import Torch
 from safetensors.torch import load_file
 

@@ -265,7 +265,7 @@ def test_what_cannot_be_drawn_from_in_quantised_form_says_why(base, monkeypatch)
     with pytest.raises(ConfigError, match="weights given to the sampler"):
         sampler.sync({"a": np.zeros(1)}.items(), 1)
     policy = load(base)
-    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain_backends.installed.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"engine.quantize needs torchao.*backends\[quantized\]"):
         Batched(quantize="int8_dynamic").start(policy, Letters(), shared=False)
 
@@ -338,7 +338,7 @@ def test_what_is_refused_by_name(base, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="kept in int8, whose layers round.*set policy.quantize: int8"):
         load(tmp_path / "rounding", train=True)
     load(tmp_path / "rounding", "int8", train=True)
-    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: name != "bitsandbytes" or None)
+    monkeypatch.setattr("posttrain_backends.installed.find_spec", lambda name: name != "bitsandbytes" or None)
     with pytest.raises(PluginError, match=r"needs bitsandbytes.*pip install 'posttrain-backends\[quantized\]'"):
         load(base, "nf4")
 

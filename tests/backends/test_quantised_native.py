@@ -227,7 +227,7 @@ def test_what_is_refused_by_name(folders, tmp_path, monkeypatch):
         Torch(weights=str(tmp_path), device="cpu", quantize="nf4").load(LoadRequest(V))
     with pytest.raises(ValueError, match="quantize: experts hold several matrices in one"):
         replace(mixture, quantize="nf4")
-    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: name != "bitsandbytes" or None)
+    monkeypatch.setattr("posttrain_backends.installed.find_spec", lambda name: name != "bitsandbytes" or None)
     with pytest.raises(PluginError, match=r"needs bitsandbytes.*pip install 'posttrain-backends\[quantized\]'"):
         loaded(llama, quantize="nf4")
 

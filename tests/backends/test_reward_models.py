@@ -320,7 +320,7 @@ def test_what_is_refused_before_anything_is_loaded(monkeypatch):
                         ({"weights": "a.gguf"}, "GGUF"), ({"weights": "a", "batch_tokens": 0}, "batch_tokens")):
         with pytest.raises(ValueError, match=said):
             RewardModel(**given)
-    monkeypatch.setattr("posttrain_backends.on_torch.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain_backends.installed.find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"'reward_model' needs torch and .*pip install 'posttrain-backends\[hf\]'"):
         RewardModel(weights="a").load(0)
 

@@ -15,8 +15,8 @@ from posttrain.protocols import LoadRequest
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import scan
 from posttrain_backends._torch.models.mamba2 import Mamba2
-from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape
 from posttrain_backends._torch.models.scan import by_fla, by_mamba_ssm, by_torch, scan_error, scan_for
+from posttrain_backends.families.mamba2 import Mamba2Shape
 from posttrain_backends.ssm import SSM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models import mixture
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import Precision
-from posttrain_backends._torch.models.shape import Shape
+from posttrain_backends.families.shape import Shape
 
 EXPERTS = (8, 32)
 

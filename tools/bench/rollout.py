@@ -48,9 +48,9 @@ from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends._torch.models.interface import LanguageModel
-from posttrain_backends._torch.models.shape import Shape
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import Batched, uniforms
+from posttrain_backends.families.shape import Shape
 from processes import ONE_THREAD, extra_peak, in_a_process, medians
 
 MEDIUM = Shape(vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from posttrain.data import offsets_of
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape
 from posttrain_backends._torch.models.scan import Scan, by_fla, by_mamba_ssm, by_torch, scan_error
 from posttrain_backends._torch.models.ssd import Packing
+from posttrain_backends.families.mamba2 import Mamba2Shape
 
 FORMS: dict[str, Scan] = {"torch": by_torch, "mamba_ssm": by_mamba_ssm, "fla": by_fla}
 BANDWIDTH = 4.8e12

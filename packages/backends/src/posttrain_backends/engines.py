@@ -17,7 +17,7 @@ from posttrain.errors import SHOWN, ConfigError, DataError, Diverged, PluginErro
 from posttrain.protocols import Sampler, Scorer, Tokenizer
 from posttrain.tokenizers import prompt_ids
 
-from posttrain_backends.on_torch import require
+from posttrain_backends.installed import require
 from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output, Tokenizer
 
 from posttrain_backends.attention import Attention, require_attention
-from posttrain_backends.on_torch import OUTPUTS, HeadKernel, require
+from posttrain_backends.installed import require
+from posttrain_backends.on_torch import OUTPUTS, HeadKernel
 from posttrain_backends.quantization import ADD_ADAPTER, QUANTIZERS, Quantizer, check_quantizer, nothing_to_train
 
 if TYPE_CHECKING:

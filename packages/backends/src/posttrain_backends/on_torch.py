@@ -1,17 +1,15 @@
-"""What backends on torch have in common before torch is imported: the outputs of their learner, what must be installed,
-and the way from a model of ours to its learner.
-"""
+"""What backends on torch have in common before torch is imported: the outputs of their learner, and the way to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from posttrain.errors import ConfigError, PluginError
+from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
+from posttrain_backends.installed import require
 from posttrain_backends.quantization import QUANTIZERS, Quantizer, check_quantizer
 
 if TYPE_CHECKING:
@@ -23,16 +21,6 @@ OUTPUTS = frozenset({Output.LOGPROBS, Output.ENTROPY, Output.VALUES, Output.BOOT
 """Of every language model that a torch learner trains."""
 HeadKernel = Literal["auto", "triton_head", "torch"]
 """Which form of the output head reads logits and writes their gradient; see `_torch/forms.py`."""
-_EXTRAS = {"peft": "lora", "gguf": "gguf", **dict.fromkeys(("accelerate", "bitsandbytes", "torchao"), "quantized")}
-"""Modules of an extra of their own."""
-
-
-def require(what: str, *modules: str, extra: str = "hf") -> None:
-    """Raise `PluginError` with what to install where a module is missing; `extra` holds those without one of their
-    own."""
-    if missing := [name for name in modules if find_spec(name) is None]:
-        raise PluginError([f"{what} needs {' and '.join(missing)}, which is not installed: "
-                           f"pip install 'posttrain-backends[{_EXTRAS.get(missing[0], extra)}]'"])
 
 
 def native_learner(request: LoadRequest, made: Callable[[LoadRequest], NativeModel], weights: str, head_chunk: int,

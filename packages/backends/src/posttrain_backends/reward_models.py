@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, final
 
 from posttrain_backends.attention import LibraryAttention, require_attention
 from posttrain_backends.hf import require_source
-from posttrain_backends.on_torch import require
+from posttrain_backends.installed import require
 
 if TYPE_CHECKING:
     from posttrain_backends._torch.hf_classifier import LoadedRewardModel

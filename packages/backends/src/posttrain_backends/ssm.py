@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal, final
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
-from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
+from posttrain_backends.installed import require
+from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner
 from posttrain_backends.quantization import ADAPT_IN_HF, Quantizer, check_quantizer, nothing_to_train
 
 KERNELS: Mapping[str, str] = {
@@ -26,7 +27,7 @@ KERNELS: Mapping[str, str] = {
 if TYPE_CHECKING:
     from posttrain_backends._torch.learner import TorchLearner
     from posttrain_backends._torch.models.mamba2 import Mamba2
-    from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape
+    from posttrain_backends.families.mamba2 import Mamba2Shape
 
 
 @final
@@ -148,8 +149,8 @@ class SSM:
 
     def _shape(self, vocab_size: int) -> Mamba2Shape:
         """Sizes of the model, from the folder of weights where there is one."""
-        from posttrain_backends._torch.models.files import check_vocabulary
-        from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape, read_shape
+        from posttrain_backends.families.files import check_vocabulary
+        from posttrain_backends.families.mamba2 import Mamba2Shape, read_shape
 
         if self.weights:
             shape = read_shape(Path(self.weights))

@@ -14,7 +14,8 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
 
 from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
-from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner, require
+from posttrain_backends.installed import require
+from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner
 from posttrain_backends.quantization import ADAPT_IN_HF, Quantizer, check_quantizer, nothing_to_train
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from posttrain_backends._torch.learner import TorchLearner
     from posttrain_backends._torch.models.decoder import Decoder
-    from posttrain_backends._torch.models.shape import Shape
     from posttrain_backends._torch.models.user import UserModel
+    from posttrain_backends.families.shape import Shape
 
 _MIXTURES = frozenset({"qwen2_moe", "qwen3_moe"})
 """Families of new models that have experts."""
@@ -199,9 +200,9 @@ class Torch:
 
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes and traits of the decoder, from the folder of weights where there is one."""
-        from posttrain_backends._torch.models.config import read_shape
-        from posttrain_backends._torch.models.files import check_vocabulary
-        from posttrain_backends._torch.models.shape import Shape, no_rope_layers
+        from posttrain_backends.families.config import read_shape
+        from posttrain_backends.families.files import check_vocabulary
+        from posttrain_backends.families.shape import Shape, no_rope_layers
 
         if self.weights:
             shape = read_shape(Path(self.weights))

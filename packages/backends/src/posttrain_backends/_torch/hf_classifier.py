@@ -34,6 +34,7 @@ from posttrain_backends._torch.models.hf_value import head_of
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
 from posttrain_backends._torch.quiet import errors_alone, without_bars
 from posttrain_backends.attention import choose, differs, raised, require_device
+from posttrain_backends.families.files import VALUE_HEAD
 from posttrain_backends.hf import source_of, unreachable
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def read_classifier(spec: HF | RewardModel, config: Any) -> tuple[Task, PreTrain
 
 def value_head_of(spec: HF | RewardModel) -> dict[str, Tensor]:
     """Weight and bias of the value head that a run saved beside its model; nothing where the folder holds none."""
-    return files.read_head(Path(spec.weights), files.VALUE_HEAD) if spec.weights else {}
+    return files.read_head(Path(spec.weights), VALUE_HEAD) if spec.weights else {}
 
 
 def read_with_head(spec: HF | RewardModel, head: Mapping[str, Tensor]) -> PreTrainedModel:

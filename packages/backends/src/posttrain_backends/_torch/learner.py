@@ -32,7 +32,7 @@ from posttrain_backends._torch.head import (
     expected_values,
     walk,
 )
-from posttrain_backends._torch.layout import Layout, offsets_of_tokens
+from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.logits import PLAIN, Form
 from posttrain_backends._torch.memory import translating_memory_errors
 from posttrain_backends._torch.models import files
@@ -50,10 +50,9 @@ from posttrain_backends._torch.one_pass import READ, LossOfChunks, takes_one_pas
 from posttrain_backends._torch.optimizer import NamedAdamW
 from posttrain_backends._torch.sharing import computed
 from posttrain_backends._torch.unadapted import Unadapted
+from posttrain_backends.families.files import HEAD_FILES
+from posttrain_backends.ragged import offsets_of_tokens
 
-HEAD_FILES: Mapping[str, str] = {"value_head": files.VALUE_HEAD, "action_value_head": files.ACTION_VALUE_HEAD}
-"""A head's name, which stands before those of its parameters, and its file beside the model: heads belong to the
-learner and not to the model."""
 _MADE_WITH: Mapping[Output, str] = {
     Output.VALUES: "value head", Output.ACTION_VALUES: "action-value head",
     Output.EXPECTED_ACTION_VALUES: "action-value head", Output.REFERENCE_KL: "comparison with a reference",

@@ -1,4 +1,4 @@
-"""AdamW over named parameters, and the learning rate as a pure function of the step. Knows no model and no loss.
+"""AdamW over named parameters. Knows no model and no loss.
 
 Moments, in float32 or in 8 bits, exist from the start, so that a step cannot run out of memory, and cross to NumPy by
 parameter name.
@@ -6,7 +6,6 @@ parameter name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast, final
 
@@ -16,14 +15,8 @@ from posttrain.protocols import Optimization
 from torch import Tensor, nn
 
 from posttrain_backends._torch.quiet import import_quietly
-from posttrain_backends.on_torch import require
-
-DECAY: Mapping[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
-"""Schedule -> factor of the peak rate by progress in [0, 1] after warm-up (cosine: 1608.03983, eq. 5)."""
+from posttrain_backends.installed import require
+from posttrain_backends.schedule import lr_at, require_room_for_schedule
 
 KEPT: Mapping[str, tuple[str, ...]] = {
     "float32": ("exp_avg", "exp_avg_sq"), "int8": ("state1", "state2", "absmax1", "absmax2")}
@@ -58,29 +51,13 @@ _MADE: Mapping[str, Callable[[Groups, Optimization], torch.optim.Optimizer]] = {
 """Form of the moments -> AdamW on these groups, its state made."""
 
 
-def lr_at(step: int, settings: Optimization) -> float:
-    """The rate of the optimiser step after `step` others: linear from 0 over the warm-up, then the schedule.
-
-    >>> lr_at(5, Optimization(lr=1.0, schedule="linear", total_steps=10, min_lr_ratio=0.5))
-    0.75
-    """
-    if step < settings.warmup_steps:
-        return settings.lr * step / settings.warmup_steps
-    span = max(1, settings.total_steps - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / span)
-    floor = settings.min_lr_ratio if settings.schedule != "constant" else 0.0
-    return settings.lr * (floor + (1.0 - floor) * DECAY[settings.schedule](progress))
-
-
 @final
 class NamedAdamW:
     """AdamW (1711.05101) of torch, or of bitsandbytes with moments in 8 bits, with decay on matrices only, its rate set
     at each step, its state by name."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optimization) -> None:
-        if settings.schedule != "constant" and settings.total_steps <= settings.warmup_steps:
-            raise ConfigError([f"optimizer.schedule {settings.schedule!r} needs total_steps above warmup_steps "
-                               f"({settings.warmup_steps}), got {settings.total_steps}"])
+        require_room_for_schedule(settings)
         self.parameters, self.settings, self.steps = dict(parameters), settings, 0
         matrices = [p for p in parameters.values() if p.ndim >= 2]
         others = [p for p in parameters.values() if p.ndim < 2]

@@ -14,7 +14,8 @@ import torch
 from posttrain.data import ragged_indices
 from torch import Tensor
 
-from posttrain_backends._torch.layout import Block, Layout, padded, similar_lengths
+from posttrain_backends._torch.layout import Block, Layout
+from posttrain_backends.ragged import padded, similar_lengths
 
 _MASK_CELLS = 2**24
 """Most cells of one mask: 64 MiB in float32."""

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.attention import ATTENTION, Attend
-from posttrain_backends._torch.models.config import config_of
 from posttrain_backends._torch.models.feedforward import MLP, DecodedMixture, DenseWeights, Mixture
 from posttrain_backends._torch.models.files import copy_named, drop_tied, read_weights, write_model
 from posttrain_backends._torch.models.grouped import SharedPrompts, attention
@@ -30,7 +29,8 @@ from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mixture import Routes
 from posttrain_backends._torch.models.projections import Projection, joined, normed, plain_state
 from posttrain_backends._torch.models.rope import Rope, rope_table, rotate
-from posttrain_backends._torch.models.shape import FAMILIES, ModelType, Shape
+from posttrain_backends.families.config import config_of
+from posttrain_backends.families.shape import FAMILIES, Shape, name_in_files
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _DERIVED = ".rotary_emb.inv_freq"
@@ -250,16 +250,6 @@ def _name_as_in_files(model: Decoder, state: dict[str, Tensor], prefix: str, met
     """Give the tensors of `state`, in place, the names that they have in files of the model's family."""
     for name in list(state) if FAMILIES[model.shape.model_type].names else ():
         state[name_in_files(name, model.shape.model_type)] = state.pop(name)
-
-
-def name_in_files(name: str, model_type: ModelType) -> str:
-    """A parameter's name in the files of a family.
-
-    >>> name_in_files("model.layers.0.mlp.experts.3.up_proj.weight", "mixtral")
-    'model.layers.0.block_sparse_moe.experts.3.w3.weight'
-    """
-    names = FAMILIES[model_type].names
-    return ".".join(names.get(part, part) for part in name.split("."))
 
 
 @final

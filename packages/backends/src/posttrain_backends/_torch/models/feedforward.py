@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.mixture import Experts, MixtureWeights, Routes
 from posttrain_backends._torch.models.projections import Projection, gated, joined, normed
-from posttrain_backends._torch.models.shape import Shape
+from posttrain_backends.families.shape import Shape
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from posttrain_backends._torch.models.shape import FAMILIES
+from posttrain_backends.families.shape import FAMILIES
 
 _TINY = 1e-20
 """Keeps a sum of scores that are all 0 from dividing by it."""

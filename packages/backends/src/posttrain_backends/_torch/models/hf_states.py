@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from posttrain_backends._torch.layout import Layout, similar_lengths
+from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.hf import (
     TOLERANCE,
     CacheRow,
@@ -36,6 +36,7 @@ from posttrain_backends._torch.models.hf import (
 )
 from posttrain_backends._torch.models.hf_attention import additive_mask
 from posttrain_backends._torch.models.interface import HybridCache, KVCache, Precision, StateCache
+from posttrain_backends.ragged import similar_lengths
 
 log = logging.getLogger(__name__)
 

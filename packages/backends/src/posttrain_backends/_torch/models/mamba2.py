@@ -28,10 +28,10 @@ from posttrain_backends._torch.models.interface import (
     autocast_to,
 )
 from posttrain_backends._torch.models.lean import Norm
-from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape, config_of
 from posttrain_backends._torch.models.projections import normed, plain_state
 from posttrain_backends._torch.models.scan import Scan, by_torch
 from posttrain_backends._torch.models.ssd import Packing, convolve, convolve_step, ssd_step
+from posttrain_backends.families.mamba2 import Mamba2Shape, config_of
 
 EMBEDDING, OUTPUT = "backbone.embeddings.weight", "lm_head.weight"
 _FIRST_STEPS = (1e-3, 0.1)

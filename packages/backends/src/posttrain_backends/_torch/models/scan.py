@@ -18,8 +18,8 @@ from torch import Tensor
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.interface import Precision
-from posttrain_backends._torch.models.mamba2_shape import Mamba2Shape
 from posttrain_backends._torch.models.ssd import Packing, ssd
+from posttrain_backends.families.mamba2 import Mamba2Shape
 from posttrain_backends.ssm import KERNELS
 
 log = logging.getLogger(__name__)

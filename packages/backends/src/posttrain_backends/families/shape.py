@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from posttrain_backends._torch.models.rope import Scaling
+from posttrain_backends.families.rope import Scaling
 
 ModelType = Literal["llama", "qwen2", "qwen3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe"]
 
@@ -138,3 +138,13 @@ def no_rope_layers(layers: int, interval: int = 4) -> tuple[int, ...]:
     (1, 1, 1, 0, 1)
     """
     return tuple(int((layer + 1) % interval != 0) for layer in range(layers))
+
+
+def name_in_files(name: str, model_type: ModelType) -> str:
+    """A parameter's name in the files of a family.
+
+    >>> name_in_files("model.layers.0.mlp.experts.3.up_proj.weight", "mixtral")
+    'model.layers.0.block_sparse_moe.experts.3.w3.weight'
+    """
+    names = FAMILIES[model_type].names
+    return ".".join(names.get(part, part) for part in name.split("."))

@@ -14,9 +14,9 @@ from typing import Any
 
 from posttrain.errors import ConfigError
 
-from posttrain_backends._torch.models.files import CONFIG, NO_FOLDER
-from posttrain_backends._torch.models.rope import SCALINGS
-from posttrain_backends._torch.models.shape import FAMILIES, Family, Shape, no_rope_layers
+from posttrain_backends.families.files import CONFIG, NO_FOLDER
+from posttrain_backends.families.rope import SCALINGS
+from posttrain_backends.families.shape import FAMILIES, Family, Shape, no_rope_layers
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings")

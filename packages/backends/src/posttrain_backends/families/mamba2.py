@@ -11,7 +11,7 @@ from typing import Any, final
 
 from posttrain.errors import ConfigError
 
-from posttrain_backends._torch.models.files import CONFIG, NO_FOLDER
+from posttrain_backends.families.files import CONFIG, NO_FOLDER
 
 MODEL_TYPE = "mamba2"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "state_size")
