@@ -29,6 +29,7 @@ class Llama3:
     """Frequencies that turn seldom in the original context divided by `factor`, those that turn often left alone, and
     those between interpolated, as Llama 3.1 does (2407.21783; the formula stands in its released code).
 
+    >>> import numpy as np
     >>> often, between, seldom = 2 * math.pi * np.array([8.0, 2.5, 0.5]) / 8192
     >>> turns = Llama3(8.0, 1.0, 4.0, 8192)(np.array([often, between, seldom])) * 8192 / (2 * math.pi)
     >>> [round(float(n), 4) for n in turns]
