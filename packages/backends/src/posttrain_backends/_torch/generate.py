@@ -212,8 +212,7 @@ class TorchSampler:
         if self._quantised is not None:
             self._quantised.load(params)
         elif not self._shared:
-            given = ((name, torch.as_tensor(x)) for name, x in params)
-            copy_named(given, self._model.state_dict(), "the weights given to the sampler")
+            copy_named(params, self._model.state_dict(), "the weights given to the sampler")
         self._version = version
 
     def rollout(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]) -> Rollouts:
