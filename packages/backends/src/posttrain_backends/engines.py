@@ -67,6 +67,7 @@ class Batched:
         if find_spec("torch") is None:
             raise PluginError(["engine 'batched' needs torch, which is not installed: "
                                "pip install 'posttrain-backends[torch]'"])
+        from posttrain_backends._torch.drawn import drawn_from
         from posttrain_backends._torch.generate import TorchSampler
         from posttrain_backends._torch.learner import TorchLearner
 
@@ -78,7 +79,7 @@ class Batched:
                           "posttrain plugins engine).")
         if self.quantize is not None:
             require_quantizable(policy, self.quantize)
-        return TorchSampler(policy, tokenizer, self, shared=shared)
+        return TorchSampler(drawn_from(policy, self.quantize, shared=shared), tokenizer, self, policy.version)
 
 
 def require_quantizable(policy: TorchLearner, quantizer: Quantizer) -> None:
