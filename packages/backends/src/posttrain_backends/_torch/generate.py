@@ -85,8 +85,8 @@ class Prefixes:
         offsets = self._offsets[first:last + 1] - self._offsets[first]
         layout = Layout.from_offsets(offsets, self._device)
         flat = torch.from_numpy(np.concatenate(self._prompts[first:last])).to(self._device)
-        hidden, pasts, routes = self._rows.read(flat, layout)
-        for i, (end, past) in enumerate(zip(hidden[layout.last], pasts, strict=True)):
+        ends, pasts, routes = self._rows.read(flat, layout)
+        for i, (end, past) in enumerate(zip(ends, pasts, strict=True)):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             self._read[first + i] = Prefix(
                 self._prompts[first + i], end, past, None if routes is None else routes[part])
