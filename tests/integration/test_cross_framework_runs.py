@@ -103,6 +103,19 @@ def test_losses_are_those_of_torch(setting: Setting, torch_alone: Recorded, over
     require_same_training(found, torch_alone.metrics)
 
 
+@pytest.mark.parametrize("overrides", [
+    pytest.param(FLAX, id="flax", marks=NEEDS_FLAX), pytest.param(ONNX_ROLLOUTS, id="onnx", marks=NEEDS_ONNX)])
+def test_answers_drawn_elsewhere_are_those_of_torch(setting: Setting, torch_alone: Recorded,
+                                                    overrides: Sequence[str]) -> None:
+    """Drawn by JAX from a policy in Flax, or by ONNX Runtime from one in torch, whose weights it is given after each
+    update: from the same random numbers the same answers, so the whole run is torch's."""
+    found = setting.run("drawn-" + "-".join(overrides), overrides)
+    require_same_training(found, torch_alone.metrics)
+    for ours, theirs in zip(found, torch_alone.metrics, strict=True):
+        assert ours["reward/mean"] == theirs["reward/mean"]
+        assert ours["sampler/gap_max"] < TOLERANCE
+
+
 def test_what_is_replayed_is_seen(setting: Setting, torch_alone: Recorded) -> None:
     """The comparison can fail: rollouts in another order train otherwise."""
     other = [replace(r, behavior_logprobs=r.behavior_logprobs, tokens=np.roll(r.tokens, 1)) for r in
