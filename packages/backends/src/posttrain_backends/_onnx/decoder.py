@@ -28,8 +28,9 @@ IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 """Inputs of an exported graph, under the names of Hugging Face: [B, T] int64, [B, past + T] int64 with 0 at padding,
 and [B, T] int64."""
 _COS, _SIN = "rotary_cos", "rotary_sin"
-_TURNED_IN_ATTENTION = 16
-"""GroupQueryAttention turns queries and keys whose head has a multiple of this; others are turned before it."""
+_ATTENDED, _TURNED_IN_ATTENTION = 8, 16
+"""GroupQueryAttention knows heads of a multiple of the first, and turns queries and keys by their positions where it is
+one of the second; others are turned before it."""
 _HIDDEN_BY_MASK = -1e9
 """Added to attention scores; finite, so that rows of padding alone are no NaN."""
 
@@ -250,7 +251,12 @@ class Fused:
 
     @classmethod
     def at(cls, tape: Tape, shape: Shape, *, cached: bool = False) -> Fused:
-        """Declares the inputs that tell the lengths, and the past where there is one."""
+        """Declares the inputs that tell the lengths, and the past where there is one. Raises `ConfigError` for heads
+        that ONNX Runtime does not attend with."""
+        if shape.head_dim % _ATTENDED:
+            raise ConfigError([f"head_dim is {shape.head_dim}; attention of ONNX Runtime needs a multiple of "
+                               f"{_ATTENDED}"],
+                              next_step="Keep this model on use: torch (or hf).")
         tape.input(LAST_TOKEN, ["B"], np.int32)
         tape.input(LONGEST, [], np.int32)
         layers = shape.num_hidden_layers
