@@ -90,7 +90,7 @@ def test_logprobs_equal_those_of_transformers(name, folder):
     log_p = torch.log_softmax(logits.double() / 0.7, -1).numpy()
     out = scorer(folder(name)).score(batch, BOTH, 0.7)
     before = log_p[batch.source - 1]
-    np.testing.assert_allclose(out.logprobs, before[np.arange(len(before)), batch.tokens[batch.source]])
+    np.testing.assert_allclose(out.logprobs, before[np.arange(len(before)), batch.tokens[batch.source]], atol=5e-5)
     np.testing.assert_allclose(out.entropy, -(np.exp(before) * before).sum(-1), atol=5e-5)
 
 
