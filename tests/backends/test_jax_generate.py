@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,6 +37,12 @@ PROMPTS = [Prompt(text=text) for text in ("ab", "ab", "fedcba" * 2, "a", "cd", "
 GROUPED = [Prompt(text=text) for text in ("abc", "f", "deadbeef") for _ in range(4)]
 
 
+@cache
+def structure_of(shape: Shape) -> Structure:
+    """One for each shape: what is compiled for it is compiled once."""
+    return Structure.of(lambda: Decoder(shape))
+
+
 def weights(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
     """Large enough that the next token is not a matter of rounding."""
     rng = np.random.default_rng(seed)
@@ -45,7 +52,7 @@ def weights(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
 
 def sampler(shape: Shape, engine: Batched = ALL, *, seed: int = 0, shared: bool = True) -> JaxSampler:
     params = {name: jax.numpy.asarray(x) for name, x in weights(shape, seed).items()}
-    return JaxSampler(Structure.of(lambda: Decoder(shape)), lambda: params, 0, TOKENIZER, engine, shared=shared)
+    return JaxSampler(structure_of(shape), lambda: params, 0, TOKENIZER, engine, shared=shared)
 
 
 def torch_learner(shape: Shape) -> TorchLearner:
@@ -55,16 +62,20 @@ def torch_learner(shape: Shape) -> TorchLearner:
 
 
 def scored(shape: Shape, rollouts: Rollouts, temperature: float) -> np.ndarray:
-    """Log-probs of all actions by whole texts."""
-    structure = Structure.of(lambda: Decoder(shape))
-    model, found = structure.bound({name: jax.numpy.asarray(x) for name, x in weights(shape).items()}), []
-    for a, b in zip(rollouts.offsets, rollouts.offsets[1:]):
-        tokens = rollouts.tokens[a:b]
-        hidden = model.hidden(tokens[None], np.arange(len(tokens))[None])[0]
-        logprobs = jax.nn.log_softmax(multiplied(hidden, model.output_weight, model.compute_dtype) / temperature)
-        where = np.flatnonzero(rollouts.is_action[a:b])
-        found.append(np.asarray(logprobs)[where - 1, tokens[where]])
-    return np.concatenate(found)
+    """Log-probs of all actions by whole texts, in a rectangle."""
+    lengths, is_action = np.diff(rollouts.offsets), rollouts.is_action
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    column = np.arange(len(row)) - rollouts.offsets[row]
+    tokens = np.zeros((len(lengths), 32), np.int32)
+    tokens[row, column] = rollouts.tokens
+
+    @jax.jit
+    def table(params: dict[str, np.ndarray]) -> jax.Array:
+        model = structure_of(shape).bound(params)
+        hidden = model.hidden(tokens, np.broadcast_to(np.arange(32), tokens.shape))
+        return jax.nn.log_softmax(multiplied(hidden, model.output_weight, model.compute_dtype) / temperature)
+    found = np.asarray(table(weights(shape)))
+    return found[row[is_action], column[is_action] - 1, rollouts.tokens[is_action]]
 
 
 def same(a: Rollouts, b: Rollouts, atol: float = 2e-5) -> None:

@@ -25,8 +25,9 @@ def weights(run: Path) -> bytes:
 
 def test_a_run_trains_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    posttrain.train(settings(whole, update={"epochs": 2}), output="quiet")
-    posttrain.train(settings(cut, update={"epochs": 2}, steps=2), output="quiet")
+    changes = {"update": {"epochs": 2}, "evaluate": {"every": 2}}
+    posttrain.train(settings(whole, **changes), output="quiet")
+    posttrain.train(settings(cut, **changes, steps=2), output="quiet")
     posttrain.resume(cut, ["steps=4"], output="quiet")
     found = metrics(whole)
     assert len(found) == 4 and metrics(cut) == found and weights(whole) == weights(cut)
