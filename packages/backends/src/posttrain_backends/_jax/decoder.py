@@ -122,7 +122,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
         """Rows of whole sequences [B, T, H]."""
         q, k, v = self.project(x, rope)
-        return self.attended(x, jax.nn.dot_product_attention(q, k, v, is_causal=True))
+        return self.attended(x, attention(q, k, v))
 
 
 class Trunk(nnx.Module):
@@ -185,6 +185,17 @@ class Decoder(nnx.Module):
             read = partial(_through, layer)
             x = (jax.checkpoint(read) if self.gradient_checkpointing else read)(x, rope)
         return self.norm(x)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + causal mask) v: q [B, T, heads, D], k and v [B, T, kv_heads, D]. JAX's own computes the
+    softmax in float32, also of float64."""
+    (B, T, _, D), kv = q.shape, k.shape[2]
+    grouped = q.reshape(B, T, kv, -1, D)  # the queries of one kv head side by side: k, v are not repeated
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    later = jnp.triu(jnp.ones((T, T), bool), 1)
+    shares = jax.nn.softmax(jnp.where(later, -jnp.inf, scores * D**-0.5), axis=-1)
+    return jnp.einsum("bkgts,bskd->btkgd", shares.astype(v.dtype), v).reshape(q.shape)
 
 
 def _through(layer: DecoderLayer, x: jax.Array, rope: Rope) -> jax.Array:

@@ -64,7 +64,7 @@ class Structure:
         return cls(graph, {name: path for name, (path, _) in found.items()},
                    {name: x.get_value() for name, (_, x) in found.items()})
 
-    def bound(self, params: Params) -> Any:
-        """The module with these parameters, which may be tracers."""
+    def bound(self, params: Mapping[str, Any]) -> Any:
+        """The module with these parameters, which may be tracers or mere shapes."""
         return nnx.merge(self.graph, nnx.from_flat_state(
             [(path, nnx.Param(params[name])) for name, path in self.paths.items()]))
