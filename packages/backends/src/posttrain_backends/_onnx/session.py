@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 import onnxruntime as ort
@@ -88,19 +88,45 @@ class Bound:
             self._io.bind_cpu_input(name, x)
         for name in self._outputs:
             self._io.bind_output(name)
-        try:
-            self._session.run_with_iobinding(self._io)
-            found: list[np.ndarray] = self._io.copy_outputs_to_cpu()
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in _SIGNS_OF_FULL_MEMORY):
-                raise
-            message = str(error).partition("\n")[0]
-        else:
-            return found
-        raise MemoryExhausted(message)
+        run(self._session, self._io)
+        found: list[np.ndarray] = self._io.copy_outputs_to_cpu()
+        return found
 
 
-def packed(graph: ModelProto, weights: Weights, threads: int = 0) -> ort.InferenceSession:
+def run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    """Compute what is bound. Raises `MemoryExhausted`, after the frames of the call are gone."""
+    try:
+        session.run_with_iobinding(binding)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _SIGNS_OF_FULL_MEMORY):
+            raise
+        message = str(error).partition("\n")[0]
+    else:
+        return
+    raise MemoryExhausted(message)
+
+
+class Held(Protocol):
+    """What a session may read as constants: `Weights`, or `Constants` that were made of them."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def values(self) -> Mapping[str, ort.OrtValue]: ...
+
+
+@final
+class Constants:
+    """Arrays of any type under the names of a graph's inputs, for one session on a CPU."""
+
+    device = "cpu"
+
+    def __init__(self, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        self._arrays = {name: np.ascontiguousarray(x) for name, x in arrays}  # ONNX Runtime keeps addresses alone
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(x) for name, x in self._arrays.items()}
+
+
+def packed(graph: ModelProto, weights: Held, threads: int = 0) -> ort.InferenceSession:
     """A session in which the graph's weights are constants, which it packs for its products as it is made: what is
     written into `weights` later is not read, or in part."""
     model, given = with_constants(graph, weights.values)
@@ -120,7 +146,7 @@ def with_constants(graph: ModelProto, weights: Mapping[str, object]) -> tuple[Mo
     model.graph.input.extend(kept)
     for value in moved:
         tensor = model.graph.initializer.add(
-            name=value.name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL,
+            name=value.name, data_type=value.type.tensor_type.elem_type, data_location=TensorProto.EXTERNAL,
             dims=[dim.dim_value for dim in value.type.tensor_type.shape.dim])
         tensor.external_data.add(key="location", value="given to the session")
     return model, [value.name for value in moved]
