@@ -7,7 +7,7 @@ other weights. Bound inputs are read where they lie: what is written into the ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import final
 
 import numpy as np
@@ -19,7 +19,7 @@ from posttrain.rewards.pool import usable_cores
 
 from posttrain_backends.families.files import require_fitting
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _SILENT = 4
 """Errors are raised, and need not be printed, too."""
 _SIGNS_OF_FULL_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA out of memory")
@@ -74,7 +74,7 @@ class Bound:
 
     def __init__(self, graph: ModelProto, weights: Weights, threads: int = 0) -> None:
         self._session = ort.InferenceSession(graph.SerializeToString(), options(threads),
-                                             providers=_PROVIDERS[weights.device])
+                                             providers=PROVIDERS[weights.device])
         self._io, self._weights = self._session.io_binding(), weights
         for value in self._session.get_inputs():
             if value.name in weights.values:
@@ -88,16 +88,22 @@ class Bound:
             self._io.bind_cpu_input(name, x)
         for name in self._outputs:
             self._io.bind_output(name)
-        try:
+        def computed() -> list[np.ndarray]:
             self._session.run_with_iobinding(self._io)
             found: list[np.ndarray] = self._io.copy_outputs_to_cpu()
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in _SIGNS_OF_FULL_MEMORY):
-                raise
-            message = str(error).partition("\n")[0]
-        else:
             return found
-        raise MemoryExhausted(message)
+        return translating_memory_errors(computed)
+
+
+def translating_memory_errors(computed: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+    """What the call of a session gives; `MemoryExhausted` where it failed for want of memory."""
+    try:
+        return computed()
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _SIGNS_OF_FULL_MEMORY):
+            raise
+        message = str(error).partition("\n")[0]
+    raise MemoryExhausted(message)
 
 
 def packed(graph: ModelProto, weights: Weights, threads: int = 0) -> ort.InferenceSession:
@@ -106,7 +112,7 @@ def packed(graph: ModelProto, weights: Weights, threads: int = 0) -> ort.Inferen
     model, given = with_constants(graph, weights.values)
     chosen = options(threads)
     chosen.add_external_initializers(given, [weights.values[name] for name in given])
-    return ort.InferenceSession(model.SerializeToString(), chosen, providers=_PROVIDERS[weights.device])
+    return ort.InferenceSession(model.SerializeToString(), chosen, providers=PROVIDERS[weights.device])
 
 
 def with_constants(graph: ModelProto, weights: Mapping[str, object]) -> tuple[ModelProto, list[str]]:
