@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import final
+from typing import Protocol, TypeVar, final
 
 import numpy as np
 import onnxruntime as ort
@@ -19,6 +19,7 @@ from posttrain.rewards.pool import usable_cores
 
 from posttrain_backends.families.files import require_fitting
 
+T = TypeVar("T")
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _SILENT = 4
 """Errors are raised, and need not be printed, too."""
@@ -88,15 +89,19 @@ class Bound:
             self._io.bind_cpu_input(name, x)
         for name in self._outputs:
             self._io.bind_output(name)
-        def computed() -> list[np.ndarray]:
-            self._session.run_with_iobinding(self._io)
-            found: list[np.ndarray] = self._io.copy_outputs_to_cpu()
-            return found
-        return translating_memory_errors(computed)
+        run(self._session, self._io)
+        found: list[np.ndarray] = self._io.copy_outputs_to_cpu()
+        return found
 
 
-def translating_memory_errors(computed: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-    """What the call of a session gives; `MemoryExhausted` where it failed for want of memory."""
+def run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    """Compute what is bound. Raises `MemoryExhausted`."""
+    translating_memory_errors(lambda: session.run_with_iobinding(binding))
+
+
+def translating_memory_errors(computed: Callable[[], T]) -> T:
+    """What the call of a session gives; `MemoryExhausted` where it failed for want of memory, after the frames of the
+    call are gone."""
     try:
         return computed()
     except RuntimeError as error:
@@ -106,7 +111,27 @@ def translating_memory_errors(computed: Callable[[], list[np.ndarray]]) -> list[
     raise MemoryExhausted(message)
 
 
-def packed(graph: ModelProto, weights: Weights, threads: int = 0) -> ort.InferenceSession:
+class Held(Protocol):
+    """What a session may read as constants: `Weights`, or `Constants` that were made of them."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def values(self) -> Mapping[str, ort.OrtValue]: ...
+
+
+@final
+class Constants:
+    """Arrays of any type under the names of a graph's inputs, for one session on a CPU."""
+
+    device = "cpu"
+
+    def __init__(self, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        self._arrays = {name: np.ascontiguousarray(x) for name, x in arrays}  # ONNX Runtime keeps addresses alone
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(x) for name, x in self._arrays.items()}
+
+
+def packed(graph: ModelProto, weights: Held, threads: int = 0) -> ort.InferenceSession:
     """A session in which the graph's weights are constants, which it packs for its products as it is made: what is
     written into `weights` later is not read, or in part."""
     model, given = with_constants(graph, weights.values)
@@ -126,7 +151,7 @@ def with_constants(graph: ModelProto, weights: Mapping[str, object]) -> tuple[Mo
     model.graph.input.extend(kept)
     for value in moved:
         tensor = model.graph.initializer.add(
-            name=value.name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL,
+            name=value.name, data_type=value.type.tensor_type.elem_type, data_location=TensorProto.EXTERNAL,
             dims=[dim.dim_value for dim in value.type.tensor_type.shape.dim])
         tensor.external_data.add(key="location", value="given to the session")
     return model, [value.name for value in moved]
