@@ -129,13 +129,13 @@ class Constants:
 def packed(graph: ModelProto, weights: Held, threads: int = 0) -> ort.InferenceSession:
     """A session in which the graph's weights are constants, which it packs for its products as it is made: what is
     written into `weights` later is not read, or in part."""
-    model, given = _with_constants(graph, weights.values)
+    model, given = with_constants(graph, weights.values)
     chosen = options(threads)
     chosen.add_external_initializers(given, [weights.values[name] for name in given])
     return ort.InferenceSession(model.SerializeToString(), chosen, providers=_PROVIDERS[weights.device])
 
 
-def _with_constants(graph: ModelProto, weights: Mapping[str, object]) -> tuple[ModelProto, list[str]]:
+def with_constants(graph: ModelProto, weights: Mapping[str, object]) -> tuple[ModelProto, list[str]]:
     """The graph with those of its inputs that are weights as initialisers, whose numbers a session is given when it is
     made; and their names."""
     model = ModelProto()
