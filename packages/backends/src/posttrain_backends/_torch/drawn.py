@@ -92,8 +92,7 @@ class DrawnModel:
         if self._quantised is not None:
             self._quantised.load(params)
         elif not self._shared:
-            given = ((name, torch.as_tensor(x)) for name, x in params)
-            copy_named(given, self.model.state_dict(), "the weights given to the sampler")
+            copy_named(params, self.model.state_dict(), "the weights given to the sampler")
 
     def room(self, prompts: Sequence[tuple[int, ...]], new: int, most: int, tokens: int) -> Room:
         limit = 0 if isinstance(self.model, RecurrentLanguageModel) else tokens

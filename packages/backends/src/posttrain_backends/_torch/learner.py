@@ -522,8 +522,7 @@ class TorchLearner:
 
     def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None:
         """Replace all the model's weights. Raises `ConfigError` where names or shapes do not fit."""
-        given = ((name, torch.as_tensor(x)) for name, x in items)
-        files.copy_named(given, self.trunk.state_dict(), "the given set of weights")
+        files.copy_named(items, self.trunk.state_dict(), "the given set of weights")
         self._version = version
 
     def state(self) -> Mapping[str, np.ndarray]:
