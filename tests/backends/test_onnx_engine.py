@@ -135,17 +135,20 @@ def test_a_refresh_is_what_a_graph_of_the_new_weights_is(made: Any) -> None:
     equal(*answers, atol=0)
 
 
-def test_equal_weights_make_no_session_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared sampler looks at the policy's weights before each rollout, and `sync` gives them once more."""
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_equal_weights_make_no_session_anew(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared sampler looks at the policy's weights before each rollout."""
     made, packed = [], generate.packed
     monkeypatch.setattr(generate, "packed", lambda *given: made.append(1) or packed(*given))
-    learner = policy(optimization=TRAINING)
+    learner = TorchLearner(Decoder(LLAMA, precision=precision), optimization=TRAINING)
     started = OnnxEngine().start(learner, TOKENIZER, shared=True)
     for steps, wanted in ((0, 1), (1, 2), (0, 2)):
         updated(learner, steps)
-        started.sync(learner.params(), learner.version)
+        for _ in range(2):  # one that nobody draws from makes none, either
+            started.sync(learner.params(), learner.version)
         started.rollout(PROMPTS, Sampling(max_new_tokens=2), (0,))
         assert len(made) == wanted
+        assert started.metrics().values_by_name()["timing/refresh_time"] > 0
 
 
 def test_where_memory_runs_out_fewer_rows_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
