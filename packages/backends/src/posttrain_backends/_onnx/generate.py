@@ -96,7 +96,7 @@ class Weighted(Protocol):
 
 @final
 class Packed:
-    """Weights as constants of a session, which is made anew for others; matrices of layers in `bits` where asked."""
+    """Weights as constants of a session, which is made anew for others; matrices in `bits` where asked."""
 
     def __init__(self, shape: Shape, params: Iterable[tuple[str, Array]], threads: int,
                  bits: int | None = None) -> None:
