@@ -100,6 +100,9 @@ def require_format(form: str, loaded: config.Loaded) -> None:
         raise InputError([Problem(f"backend '{name_of(loaded, 'policy')}' writes no format '{form}'"
                                   f"{did_you_mean(form, known)}", "--format")],
                          next_step=f"What it writes: {', '.join(known)}.")
+    if form != HUGGING_FACE and scores_answers(loaded.settings):
+        raise InputError([Problem(f"the run trained a model that scores answers, and '{form}' is written of one that "
+                                  "gives them", "--format")], next_step="Leave --format out for a Hugging Face folder.")
 
 
 def require_empty(target: Path) -> None:
