@@ -24,10 +24,8 @@ from posttrain_backends.ragged import padded, similar_lengths
 PROVIDED = frozenset({Output.LOGPROBS, Output.ENTROPY})
 _HEAD_CELLS = 2**23
 """Logits of one chunk, as in the torch learner."""
-_SCORES = 2**26
-"""Attention scores that exist at a time: ONNX Runtime holds all heads x T x T of its rows on a CPU."""
 _TOKENS = 2**14
-"""Tokens of one call."""
+"""Tokens of one call, padding included: a longer sequence is one alone."""
 _DERIVED = ".rotary_emb.inv_freq"
 """In names of what older files hold beside their weights, and the configuration says."""
 
@@ -103,10 +101,9 @@ class OnnxScorer:
                               next_step="Lower rollout.max_new_tokens or the prompts.")
 
     def _calls(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Sequences of similar length, as many in one call as its memory allows."""
+        """Sequences of similar length, as many in one call as it may have tokens."""
         for group in similar_lengths(lengths):
-            T = int(lengths[group].max())
-            rows = max(1, min(_TOKENS // T, _SCORES // (T * T * self.shape.num_attention_heads)))
+            rows = max(1, _TOKENS // int(lengths[group].max()))
             yield from (group[i:i + rows] for i in range(0, len(group), rows))
 
     def _score_rows(self, rollouts: Rollouts, rows: np.ndarray, lengths: np.ndarray, sequence: np.ndarray,
