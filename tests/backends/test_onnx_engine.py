@@ -135,17 +135,20 @@ def test_a_refresh_is_what_a_graph_of_the_new_weights_is(made: Any) -> None:
     equal(*answers, atol=0)
 
 
-def test_equal_weights_make_no_session_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared sampler looks at the policy's weights before each rollout, and `sync` gives them once more."""
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_equal_weights_make_no_session_anew(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared sampler looks at the policy's weights before each rollout."""
     made, packed = [], generate.packed
     monkeypatch.setattr(generate, "packed", lambda *given: made.append(1) or packed(*given))
-    learner = policy(optimization=TRAINING)
+    learner = TorchLearner(Decoder(LLAMA, precision=precision), optimization=TRAINING)
     started = OnnxEngine().start(learner, TOKENIZER, shared=True)
     for steps, wanted in ((0, 1), (1, 2), (0, 2)):
         updated(learner, steps)
-        started.sync(learner.params(), learner.version)
+        for _ in range(2):  # one that nobody draws from makes none, either
+            started.sync(learner.params(), learner.version)
         started.rollout(PROMPTS, Sampling(max_new_tokens=2), (0,))
         assert len(made) == wanted
+        assert started.metrics().values_by_name()["timing/refresh_time"] > 0
 
 
 def test_where_memory_runs_out_fewer_rows_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,10 +202,12 @@ def test_an_entry_is_off_by_half_a_scale_at_most_and_the_largest_not_at_all(bits
         assert off[row, :32][np.abs(matrix[row, :32]).argmax()] < 1e-6
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantize, low, high", [("int8", 1e-5, 0.2), ("int4", 1e-2, 2.0)])
 def test_what_a_rounded_sampler_records_is_near_the_policy_and_evaluation_is_the_policy(
-        quantize: Any, low: float, high: float) -> None:
-    learner, sampling = policy(replace(LLAMA, hidden_size=64, intermediate_size=80)), Sampling(max_new_tokens=12)
+        quantize: Any, low: float, high: float, tied: bool) -> None:
+    shape = replace(LLAMA, hidden_size=64, intermediate_size=80, tie_word_embeddings=tied)
+    learner, sampling = policy(shape), Sampling(max_new_tokens=12)
     engine = OnnxEngine(quantize=quantize)
     assert engine.approximates and not OnnxEngine().approximates
     training, evaluating = (engine.start(learner, TOKENIZER, shared=shared) for shared in (False, True))
@@ -211,6 +216,12 @@ def test_what_a_rounded_sampler_records_is_near_the_policy_and_evaluation_is_the
         found = sampler.rollout(PROMPTS, sampling, (1,))
         off.append(np.abs(found.behavior_logprobs - learner.score(found, LOGPROBS, 1.0).logprobs).mean())
     assert low < off[0] < high and off[1] < 1e-5
+
+
+def as_rounded(name: str, x: np.ndarray, bits: int) -> np.ndarray:
+    """The output matrix in 8 bits, those of layers in `bits`."""
+    bits = 8 if name == "lm_head.weight" else bits
+    return unpack(*pack(x, bits), bits, x.shape[1]) if name.endswith(("_proj.weight", "lm_head.weight")) else x
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -222,10 +233,10 @@ def test_a_rounded_sampler_draws_from_the_rounded_matrices(quantize: Any) -> Non
     for _ in range(2):
         found = sampler.rollout(PROMPTS, Sampling(max_new_tokens=12), (1,))
         rounded = policy(shape)
-        rounded.load_params(((name, unpack(*pack(x.numpy(), bits), bits, x.shape[1]) if "_proj.weight" in name else x)
-                             for name, x in ((n, x.detach()) for n, x in learner.params())), 0)
-        scored = rounded.score(found, LOGPROBS, 1.0).logprobs
-        assert np.abs(found.behavior_logprobs - scored).mean() < 0.05
+        rounded.load_params(((name, as_rounded(name, x.detach().numpy(), bits)) for name, x in learner.params()), 0)
+        off, plain = (np.abs(found.behavior_logprobs - scorer.score(found, LOGPROBS, 1.0).logprobs).mean()
+                      for scorer in (rounded, learner))
+        assert off < 0.05 and off < plain * {8: 1, 4: 0.2}[bits]
         updated(learner, 2)
         sampler.sync(learner.params(), learner.version)
 

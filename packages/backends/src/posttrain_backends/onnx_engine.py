@@ -43,7 +43,8 @@ class OnnxEngine:
     is done after each update; `inputs` are written in place, which is done sooner, and decode slower."""
     quantize: Literal["int8", "int4"] | None = None
     """Draw for training from matrices of so many bits, rounded anew after each update, with inputs in int8; the trainer
-    corrects for it. Embedding and output matrix stay in float32. Evaluation draws from the policy's own numbers."""
+    corrects for it. The output matrix is kept in int8 in both, the embedding in float32. Evaluation draws from the
+    policy's own numbers."""
     threads: int = 0
     """Of each operator; 0 takes torch's number."""
 

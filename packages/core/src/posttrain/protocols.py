@@ -454,7 +454,8 @@ class Reporting(Protocol):
     """What a sampler may be beside `Sampler`: one that says how it drew."""
 
     def metrics(self) -> Metrics:
-        """Of the last rollout; they are logged as `rollout/NAME`."""
+        """Of the last rollout; they are logged as `rollout/NAME`, and those named `timing/...` as they are: only they
+        may differ between equal runs."""
         ...
 
 

@@ -6,6 +6,7 @@ of a session that is made anew for other weights, or inputs that are refreshed i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Protocol, final
 import numpy as np
 import onnxruntime as ort
 import torch
-from posttrain.data import Array, to_numpy
+from posttrain.data import Array, Metric, Metrics, to_numpy
 from torch import Tensor
 
 from posttrain_backends._onnx.decoder import (
@@ -85,7 +86,7 @@ class Weighted(Protocol):
         ...
 
     def holds(self, params: Mapping[str, np.ndarray]) -> bool:
-        """Whether these are its weights, to the last bit."""
+        """Whether these are its weights, to the last bit of float32."""
         ...
 
     def take(self, params: Mapping[str, np.ndarray]) -> None:
@@ -95,7 +96,7 @@ class Weighted(Protocol):
 
 @final
 class Packed:
-    """Weights as constants of a session, which is made anew for others; matrices of layers in `bits` where asked."""
+    """Weights as constants of a session, which is made anew for others; matrices in `bits` where asked."""
 
     def __init__(self, shape: Shape, params: Iterable[tuple[str, Array]], threads: int,
                  bits: int | None = None) -> None:
@@ -103,18 +104,23 @@ class Packed:
         self._rounded = None if bits is None else NBits(bits)
         self._graph = decoding(shape, self._rounded or Gemm())
         self._weights = _weights(shape, params)
-        self.session = self._made()
+        self._session: ort.InferenceSession | None = None
 
-    def _made(self) -> ort.InferenceSession:
-        weights = self._weights if self._rounded is None else Constants(self._rounded.constants(self._weights.arrays))
-        return packed(self._graph, weights, self._threads)
+    @property
+    def session(self) -> ort.InferenceSession:
+        """Made where it is first asked for behind `take`: what is never drawn from costs nothing."""
+        if self._session is None:
+            weights = self._weights if self._rounded is None else \
+                Constants(self._rounded.constants(self._weights.arrays))
+            self._session = packed(self._graph, weights, self._threads)
+        return self._session
 
     def holds(self, params: Mapping[str, np.ndarray]) -> bool:
         return _holds(self._weights, params)
 
     def take(self, params: Mapping[str, np.ndarray]) -> None:
+        self._session = None  # it reads the arrays, in part
         self._weights.take(params.items(), _GIVEN)
-        self.session = self._made()
 
 
 @final
@@ -141,7 +147,7 @@ def _weights(shape: Shape, params: Iterable[tuple[str, Array]]) -> Weights:
 
 def _holds(weights: Weights, params: Mapping[str, np.ndarray]) -> bool:
     return params.keys() == weights.arrays.keys() and all(
-        np.array_equal(x, weights.arrays[name]) for name, x in params.items())
+        np.array_equal(x.astype(np.float32, copy=False), weights.arrays[name]) for name, x in params.items())
 
 
 @final
@@ -151,9 +157,9 @@ class OnnxRows:
     What the loop calls hidden states are logits here, as the output matrix belongs to the graph.
     """
 
-    def __init__(self, graph: Weighted, room: Room) -> None:
+    def __init__(self, graph: Weighted, session: ort.InferenceSession, room: Room) -> None:
         shape = graph.shape
-        self._graph, self._past = graph, self._empty(graph, room.rows, room.columns)
+        self._graph, self._session, self._past = graph, session, self._empty(graph, room.rows, room.columns)
         self._tokens, self._asked = (torch.zeros(room.rows, dtype=torch.int64) for _ in range(2))
         self._last, self._longest = torch.zeros(room.rows, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
         self._logits = torch.empty(room.rows, shape.vocab_size)
@@ -173,7 +179,7 @@ class OnnxRows:
         layers = self._graph.shape.num_hidden_layers
         pasts, presents = ([name for pair in names(layers) for name in pair] for names in (past_names, present_names))
         return Call.of(
-            self._graph.session, self._graph.inputs,
+            self._session, self._graph.inputs,
             {TOKENS: tokens, LAST_TOKEN: last, LONGEST: longest, ASKED: asked, **dict(zip(pasts, past, strict=True))},
             {LOGITS: logits, **dict(zip(presents, past, strict=True))})
 
@@ -224,6 +230,7 @@ class OnnxModel:
 
     def __init__(self, graph: Weighted, live: Callable[[], Iterable[tuple[str, Array]]] | None) -> None:
         self._graph, self._live = graph, live
+        self._taking = self._taken = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -238,10 +245,15 @@ class OnnxModel:
         return self._graph.shape.max_position_embeddings
 
     def load(self, params: Iterable[tuple[str, Array]]) -> None:
-        """See `Drawn`; nothing is done where these are its weights already."""
-        given = {name: to_numpy(x) for name, x in params}
+        """See `Drawn`; a shared one looks at the policy's own when it begins to draw."""
+        if self._live is None:
+            self._take(params)
+
+    def _take(self, params: Iterable[tuple[str, Array]]) -> None:
+        start, given = time.perf_counter(), {name: to_numpy(x) for name, x in params}
         if not self._graph.holds(given):
             self._graph.take(given)
+        self._taking += time.perf_counter() - start
 
     def room(self, prompts: Sequence[tuple[int, ...]], new: int, most: int, tokens: int) -> Room:
         return Room.most(prompts, new, most, tokens, shares=False)
@@ -251,8 +263,15 @@ class OnnxModel:
 
     def rows(self, room: Room) -> OnnxRows:
         if self._live is not None:
-            self.load(self._live())
-        return OnnxRows(self._graph, room)
+            self._take(self._live())
+        start = time.perf_counter()
+        session = self._graph.session
+        self._taken, self._taking = self._taking + time.perf_counter() - start, 0.0
+        return OnnxRows(self._graph, session, room)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    def metrics(self) -> Metrics:
+        """Seconds that it took to take the weights that the last rollout was drawn with."""
+        return Metrics({"timing/refresh_time": Metric(self._taken, reduction="sum")})

@@ -1,9 +1,9 @@
-"""Matrices of layers in 8 or 4 bits, as ONNX Runtime's MatMulNBits takes them; packed here, in NumPy.
+"""Matrices in 8 or 4 bits, as ONNX Runtime's MatMulNBits takes them; packed here, in NumPy.
 
 Each row falls into blocks of 32 inputs with one scale. The scale puts the entry of largest magnitude on the lowest
 integer, so that it is exact: s = x_max / -2^(bits-1), q = round(x / s) + 2^(bits-1), clipped to the bits. The input is
-rounded to int8, too, block by block (accuracy level 4), which is what its kernels are fast at. Embedding and output
-matrix, norms and biases stay in float32.
+rounded to int8, too, block by block (accuracy level 4), which is what its kernels are fast at. The output matrix is
+kept in 8 bits at least; embedding, norms and biases stay in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import final
 
 import numpy as np
 
-from posttrain_backends._onnx.decoder import EMBEDDING, OUTPUT, Gemm
+from posttrain_backends._onnx.decoder import EMBEDDING, OUTPUT
 from posttrain_backends._onnx.tape import ORT, Tape
 
 BLOCK = 32
@@ -54,31 +54,28 @@ def unpack(packed: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> n
 @final
 @dataclass(frozen=True, slots=True)
 class NBits:
-    """How x @ W.T + b is written with such a matrix; the output matrix stays a `Gemm`."""
+    """How x @ W.T + b is written with such a matrix, of `bits` in a layer."""
 
     bits: int
 
     def __call__(self, tape: Tape, x: str, name: str, rows: int, columns: int, *, bias: bool = False) -> str:
-        if not _is_packed(f"{name}.weight"):
-            return Gemm()(tape, x, name, rows, columns, bias=bias)
-        blocks = -(-columns // BLOCK)
-        packed = tape.input(name + _PACKED, [rows, blocks, BLOCK * self.bits // 8], np.uint8)
+        blocks, bits = -(-columns // BLOCK), self._bits(name)
+        packed = tape.input(name + _PACKED, [rows, blocks, BLOCK * bits // 8], np.uint8)
         scales = tape.input(name + _SCALES, [rows, blocks])
-        y = tape("MatMulNBits", x, packed, scales, domain=ORT, K=columns, N=rows, bits=self.bits, block_size=BLOCK,
+        y = tape("MatMulNBits", x, packed, scales, domain=ORT, K=columns, N=rows, bits=bits, block_size=BLOCK,
                  accuracy_level=_INT8_INPUTS)
         return tape("Add", y, tape.weight(f"{name}.bias", [rows])) if bias else y
 
     def constants(self, weights: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """What the graph reads in place of `weights`."""
+        """What the graph reads in place of `weights`; an embedding that is the output matrix, too, in both forms."""
+        output = OUTPUT if OUTPUT in weights else EMBEDDING
         for name, x in weights.items():
-            if _is_packed(name):
-                packed, scales = pack(x, self.bits)
-                layer = name.removesuffix(".weight")
-                yield from ((layer + _PACKED, packed), (layer + _SCALES, scales))
-            else:
+            matrix = name.removesuffix(".weight")
+            if name == output or name.endswith("_proj.weight"):
+                packed, scales = pack(x, self._bits(matrix))
+                yield from ((matrix + _PACKED, packed), (matrix + _SCALES, scales))
+            if name != OUTPUT and not name.endswith("_proj.weight"):
                 yield name, x
 
-
-def _is_packed(name: str) -> bool:
-    """Whether a parameter is the matrix of a layer."""
-    return name.endswith("_proj.weight") and name not in (EMBEDDING, OUTPUT)
+    def _bits(self, matrix: str) -> int:
+        return self.bits if matrix.endswith("_proj") else max(8, self.bits)

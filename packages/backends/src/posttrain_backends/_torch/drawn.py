@@ -12,7 +12,7 @@ from typing import Protocol, final
 
 import torch
 import torch.nn.functional as F
-from posttrain.data import Array
+from posttrain.data import Array, Metrics
 from posttrain.errors import ConfigError
 from torch import Tensor
 
@@ -64,6 +64,10 @@ class Drawn(Protocol):
         """What `Rows` give for the next token [n, H] -> [n, V]."""
         ...
 
+    def metrics(self) -> Metrics:
+        """Of the last rollout, beside those of the loop; see `posttrain.protocols.Reporting`."""
+        ...
+
 
 @final
 class DrawnModel:
@@ -106,6 +110,9 @@ class DrawnModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.output_weight)
+
+    def metrics(self) -> Metrics:
+        return Metrics()
 
 
 def drawn_from(learner: TorchLearner, quantize: Quantizer | None = None, *, shared: bool) -> DrawnModel:

@@ -214,9 +214,10 @@ class TorchSampler:
         return assemble(prompts, encoded, answers, sampling, stops, self._version)
 
     def metrics(self) -> Metrics:
-        """`busy`, the share of slots x decoding passes that decoded a token; none where no pass was needed."""
+        """`busy`, the share of slots x decoding passes that decoded a token; none where no pass was needed. And what
+        the model says of itself."""
         places = self.usage.slots * self.usage.steps
-        return Metrics(busy=Metric(self.usage.decoded, places)) if places else Metrics()
+        return (Metrics(busy=Metric(self.usage.decoded, places)) if places else Metrics()) + self._drawn.metrics()
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raise one `DataError` that names all prompts which cannot be encoded or do not fit the model."""
