@@ -286,7 +286,7 @@ class JaxSampler:
         self._own = None if shared else {name: jnp.copy(x) for name, x in weights().items()}
         self._weights = weights
         self._vocab_size = len(jax.eval_shape(lambda params: structure.bound(params).output_weight, structure.shapes))
-        self._max_positions = structure.bound(dict(structure.shapes)).max_positions  # type: ignore[arg-type]
+        self._max_positions = structure.bound(structure.shapes).max_positions
         self.usage: Usage | None = None
         """The work of the last rollout."""
 

@@ -23,8 +23,8 @@ _BY_ROWS = re.compile(r"\.(q_proj|k_proj|v_proj|gate_proj|up_proj|embed_tokens)\
 _BY_COLUMNS = re.compile(r"\.(o_proj|down_proj)\.weight$")
 
 
-_DATA, _WHOLE = P("data"), P()  # type: ignore[no-untyped-call]  # jax leaves it untyped; so below
-_ROWS, _COLUMNS = P("tensor"), P(None, "tensor")  # type: ignore[no-untyped-call]
+_DATA, _WHOLE = P("data"), P()
+_ROWS, _COLUMNS = P("tensor"), P(None, "tensor")
 
 
 @final
