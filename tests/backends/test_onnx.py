@@ -194,7 +194,7 @@ def test_files_of_bfloat16_are_read_exactly(folder, tmp_path):
 def test_nothing_is_trained_and_the_reason_says_what_onnx_can_do():
     component = Onnx(weights="anywhere")
     assert isinstance(component, Frozen)
-    for word in ("no", "torch", "flax", "reference", "rollout.engine: onnx", "onnx_reward", "--format onnx"):
+    for word in ("no", "torch", "flax", "reference", "rollout.engine: onnx", "reward with use: onnx", "--format onnx"):
         assert word in component.frozen
     with pytest.raises(ConfigError, match="nothing to train with"):
         component.load(LoadRequest(V, optimization=Optimization()))

@@ -5,6 +5,7 @@ goes wrong in silence where graphs are traced: inputs that vanish, parameters th
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 from exchange import SIZES, V, randomise  # after the check that the libraries are there
+from own_process import in_a_process
 from posttrain.rewards.pool import usable_cores
 from posttrain_backends._onnx import decoder
 from posttrain_backends._onnx.session import Bound, Weights, options, packed, with_constants
@@ -231,6 +233,39 @@ def test_sessions_have_the_threads_that_were_asked_for(model):
     weights = Weights(m.weights.items(), decoder.weights_of([graph], m.shape), "the test")
     chosen = packed(graph, weights, 2).get_session_options()
     assert (chosen.intra_op_num_threads, chosen.inter_op_num_threads) == (2, 1)
+
+
+OUT_OF_MEMORY = """
+import resource
+import numpy as np
+from posttrain.errors import MemoryExhausted
+from posttrain_backends._onnx.decoder import head, weights_of
+from posttrain_backends._onnx.session import Bound, Weights
+from posttrain_backends.families.shape import Shape
+
+shape = Shape(50_000, 16, 16, 1, 1, 1, 16, max_position_embeddings=8)
+graph = head(shape, entropy=True)
+expected = weights_of([graph], shape)
+bound = Bound(graph, Weights(((n, np.zeros(size)) for n, size in expected.items()), expected, "the test"), 1)
+def call(rows):
+    return bound(hidden=np.zeros((rows, 16), np.float32), chosen=np.zeros(rows, np.int64),
+                 temperature=np.array(1, np.float32))
+call(4)
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**30,) * 2)
+try:
+    call(20_000)  # logits of 3.7 GiB
+except MemoryExhausted as error:
+    assert "allocate" in str(error) and "\\n" not in str(error)
+else:
+    raise AssertionError("nothing was raised")
+np.testing.assert_allclose(call(4)[0], -np.log(50_000), rtol=1e-6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is that of Linux")
+def test_a_call_without_memory_is_said_and_the_session_goes_on():
+    in_a_process("-c", OUT_OF_MEMORY)
 
 
 def test_equal_constants_of_a_tape_are_one():

@@ -104,6 +104,16 @@ def export_base(folder: Path, transformers: Any) -> Path:
     return folder
 
 
+def scores(run: Path) -> None:
+    """A run that trains scores of answers."""
+    pairs = [{"prompt": f"{a}=", "chosen": str(a), "rejected": str((a + 1) % 10)} for a in range(10)]
+    posttrain.train({
+        "recipe": "reward_model", "steps": 2, "threads": 1, "run": str(run), "seed": 7, "batch_size": 4,
+        "policy": small.config(run)["policy"], "tokenizer": {"use": "characters", "alphabet": "0123456789+="},
+        "task": {"use": "rows", "rows": pairs, "held_out_rows": pairs[:2]},
+        "trackers": {"console": None, "jsonl": None}}, output="quiet")
+
+
 # ---- what is refused
 
 
@@ -137,11 +147,26 @@ def test_a_mixture_of_experts_is_refused_and_nothing_is_left(tmp_path: Path) -> 
 
 
 def test_a_run_that_trained_scores_is_refused(tmp_path: Path) -> None:
-    pairs = [{"prompt": f"{a}=", "chosen": str(a), "rejected": str((a + 1) % 10)} for a in range(10)]
-    posttrain.train({
-        "recipe": "reward_model", "steps": 2, "threads": 1, "run": str(tmp_path / "run"), "seed": 7, "batch_size": 4,
-        "policy": small.config(tmp_path)["policy"], "tokenizer": {"use": "characters", "alphabet": "0123456789+="},
-        "task": {"use": "rows", "rows": pairs, "held_out_rows": pairs[:2]},
-        "trackers": {"console": None, "jsonl": None}}, output="quiet")
+    scores(tmp_path / "run")
     with pytest.raises(InputError, match="the run trained a model that scores answers"):
         export(tmp_path / "run", form="onnx")
+
+
+# ---- rewards
+
+
+def test_a_run_judged_in_onnx_runtime_equals_one_judged_in_torch(tmp_path: Path) -> None:
+    """By what a run with `recipe: reward_model` trained: the same answers, the same rewards, the same weights."""
+    pytest.importorskip("transformers")
+    scores(tmp_path / "judge")
+    folder = export(tmp_path / "judge", tmp_path / "exported")
+    weights, rewards = [], []
+    for use in ("reward_model", "onnx"):
+        run = tmp_path / use
+        posttrain.train(small.config(run, steps=4, checkpoint={"every": 0}, evaluate={"every": 0}, rewards={
+            "judge": {"use": use, "weights": str(folder)}}), output="quiet")
+        weights.append(np.concatenate([np.ravel(p.detach()) for _, p in opened(run, ())[1].policy.params()]))
+        rewards.append([line["reward/mean"] for line in small.metrics(run)])
+    np.testing.assert_allclose(rewards[1], rewards[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(weights[1], weights[0], rtol=0, atol=1e-4)
+    assert np.ptp(rewards[0]) > 1e-4

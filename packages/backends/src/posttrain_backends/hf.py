@@ -194,8 +194,9 @@ class HFTokenizer:
 
     def load(self) -> Tokenizer:
         """Raises `ConfigError` where a special token is not in the vocabulary, `PluginError` without transformers."""
-        require("tokenizer 'hf'", "transformers", *(["gguf"] if self.weights.endswith(".gguf") else []))
-        from posttrain_backends._torch.hf_tokenizer import load
+        require("tokenizer 'hf'", "transformers", *(["gguf"] if self.weights.endswith(".gguf") else []),
+                extra="hf-tokenizer")
+        from posttrain_backends._transformers.tokenizer import load
 
         return load(self)
 

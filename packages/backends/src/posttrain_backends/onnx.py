@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FROZEN = ("use: onnx has nothing to train with: ONNX Runtime gave training up. Take torch, hf or flax; ONNX can be "
            "the policy's reference (reference: {use: onnx, weights: FOLDER}), draw its answers (rollout.engine: onnx), "
-           "judge them (a reward with use: onnx_reward), and is what `posttrain export RUN --format onnx` writes")
+           "judge them (a reward with use: onnx), and is what `posttrain export RUN --format onnx` writes")
 
 
 @final

@@ -5,8 +5,7 @@ This is the light part: it checks sizes and names; what computes is imported on 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
@@ -15,6 +14,7 @@ from posttrain.protocols import Exported, LoadRequest, Output
 
 from posttrain_backends import exports
 from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
+from posttrain_backends.families.described import check_sizes, new_shape, rounded_up, shape_in
 from posttrain_backends.installed import require
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner
 from posttrain_backends.quantization import ADAPT_IN_HF, Quantizer, check_quantizer, nothing_to_train
@@ -103,19 +103,7 @@ class Torch:
     used."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "layers", "heads", "kv_heads", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.intermediate_size < 0 or self.head_chunk < 0 or self.rope_theta <= 0:
-            raise ValueError("intermediate_size and head_chunk must not be negative, rope_theta must be positive")
-        if self.hidden_size % self.heads:
-            divisors = [str(n) for n in range(1, 17) if self.hidden_size % n == 0]
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}: take one of "
-                             f"the divisors {', '.join(divisors)}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.hidden_size // self.heads % 2:
-            raise ValueError(f"hidden_size / heads is {self.hidden_size // self.heads}, rotary positions need it even")
+        check_sizes(self)
         self._check_experts()
         require_attention(self.attention, self.device, self.precision)
         if self.quantize is not None:
@@ -213,30 +201,13 @@ class Torch:
 
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes and traits of the decoder, from the folder of weights where there is one."""
-        from posttrain_backends.families.config import read_shape
-        from posttrain_backends.families.files import check_vocabulary
-        from posttrain_backends.families.shape import Shape, no_rope_layers
-
         if self.weights:
-            shape = read_shape(Path(self.weights))
-            check_vocabulary(Path(self.weights), shape.vocab_size, vocab_size)
+            return shape_in(Path(self.weights), vocab_size, "torch")
+        shape = new_shape(self, vocab_size, "torch")
+        if not self.experts:
             return shape
-        if not vocab_size:
-            raise ConfigError(["a new torch model needs a tokenizer with a vocabulary, to size its embedding"])
-        dense = self.intermediate_size or _rounded_up(self.hidden_size * 8 / 3, 32)
-        expert = (self.expert_size or _rounded_up(dense / self.experts_per_token, 16)) if self.experts else 0
-        return Shape(
-            vocab_size=vocab_size, hidden_size=self.hidden_size, num_hidden_layers=self.layers,
-            intermediate_size=dense, num_experts=self.experts, moe_intermediate_size=expert,
-            num_experts_per_tok=self.experts_per_token if self.experts else 0,
+        expert = self.expert_size or rounded_up(shape.intermediate_size / self.experts_per_token, 16)
+        return replace(
+            shape, num_experts=self.experts, moe_intermediate_size=expert, num_experts_per_tok=self.experts_per_token,
             shared_expert_intermediate_size=(self.shared_expert_size or expert) if self.family == "qwen2_moe" else 0,
-            norm_topk_prob=self.normalise_experts and self.experts > 0,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden_size // self.heads, max_position_embeddings=self.max_positions,
-            rope_theta=self.rope_theta, tie_word_embeddings=self.tied_embeddings, model_type=self.family,
-            no_rope_layers=no_rope_layers(self.layers) if self.family == "smollm3" else ())
-
-
-def _rounded_up(size: float, multiple: int) -> int:
-    """The smallest multiple that is not below `size`."""
-    return multiple * math.ceil(size / multiple)
+            norm_topk_prob=self.normalise_experts)

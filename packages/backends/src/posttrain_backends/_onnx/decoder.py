@@ -110,6 +110,27 @@ def exported(shape: Shape) -> ModelProto:
     return tape.model()
 
 
+def judging(shape: Shape, readout: str, labels: int, pad: int, *, bias: bool = False) -> ModelProto:
+    """`IDS` and `MASK` -> `LOGITS` [B, labels] by READOUT.weight [labels, H], and READOUT.bias where there is one, of
+    the last token of each row that is not `pad`: a classification model of transformers, in ONNX's own operators."""
+    require_dense(shape)
+    tape = Tape()
+    ids, mask = tape.input(IDS, ["B", "T"], np.int64), tape.input(MASK, ["B", "T"], np.int64)
+    before = tape("Sub", tape("CumSum", mask, _one(tape)), _one(tape))
+    ops = Standard.at(tape, shape, ids, mask, tape("Max", before, _zero(tape)), cached=False)
+    x = _body(tape, shape, ids, _last_but(tape, ids, pad), ops, Gemm())
+    tape.output(LOGITS, Gemm()(tape, x, readout, labels, shape.hidden_size, bias=bias), ["B", labels])
+    return tape.model()
+
+
+def _last_but(tape: Tape, ids: str, pad: int) -> str:
+    """[B] places among all tokens of each row's last one that is not `pad`, of its first where all are."""
+    T, B = _length(tape, ids), tape("Squeeze", tape("Shape", ids, start=0, end=1))
+    real = tape("Cast", tape("Not", tape("Equal", ids, tape.ints(pad))), to=TensorProto.INT64)
+    last = tape("ReduceMax", tape("Mul", real, tape("Range", _zero(tape), T, _one(tape))), tape.ints(1), keepdims=0)
+    return tape("Add", last, tape("Mul", T, tape("Range", _zero(tape), B, _one(tape))))
+
+
 def _declare_past(tape: Tape, shape: Shape, columns: str) -> None:
     for pair in past_names(shape.num_hidden_layers):
         for name in pair:
@@ -306,11 +327,13 @@ class Standard:
     present: tuple[tuple[str, str], ...]
 
     @classmethod
-    def at(cls, tape: Tape, shape: Shape, ids: str, mask: str, positions: str) -> Standard:
-        _declare_past(tape, shape, "past")
+    def at(cls, tape: Tape, shape: Shape, ids: str, mask: str, positions: str, *, cached: bool = True) -> Standard:
         layers = shape.num_hidden_layers
+        if cached:
+            _declare_past(tape, shape, "past")
         return cls(shape, _rotary(tape, shape), tape("Concat", tape("Shape", ids), tape.ints(-1), axis=0), positions,
-                   _causal(tape, ids, mask), tuple(past_names(layers)), tuple(present_names(layers)))
+                   _causal(tape, ids, mask), tuple(past_names(layers)) if cached else (("", ""),) * layers,
+                   tuple(present_names(layers)) if cached else (("", ""),) * layers)
 
     def norm(self, tape: Tape, x: str, weight: str) -> str:
         return tape("RMSNormalization", x, weight, axis=-1, epsilon=self.shape.rms_norm_eps)
@@ -335,7 +358,7 @@ class Standard:
 
 def _causal(tape: Tape, ids: str, mask: str) -> str:
     """[B, 1, T, past + T]: 0 at the tokens that a token sees, itself and those before it that are no padding."""
-    zero, one, total = tape.constant(np.array(0, np.int64), "zero"), _one(tape), _length(tape, mask)
+    zero, one, total = _zero(tape), _one(tape), _length(tape, mask)
     columns = tape("Range", zero, total, one)
     rows = tape("Unsqueeze", tape("Range", tape("Sub", total, _length(tape, ids)), total, one), tape.ints(1))
     seen = tape("And", tape("LessOrEqual", columns, rows),
@@ -347,6 +370,10 @@ def _causal(tape: Tape, ids: str, mask: str) -> str:
 def _length(tape: Tape, x: str) -> str:
     """[] the columns of a rectangle."""
     return tape("Squeeze", tape("Shape", x, start=1, end=2))
+
+
+def _zero(tape: Tape) -> str:
+    return tape.constant(np.array(0, np.int64), "zero")
 
 
 def _one(tape: Tape) -> str:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 from posttrain.data import Prompt, Rollouts, offsets_of
 from posttrain.errors import ConfigError
 from posttrain.protocols import Backend, Exported, LoadRequest, Output, Scorer
@@ -28,7 +28,7 @@ from posttrain_backends._onnx.decoder import (
     weights_of,
 )
 from posttrain_backends._onnx.scorer import read_weights
-from posttrain_backends._onnx.session import options
+from posttrain_backends._onnx.session import options, with_constants
 from posttrain_backends.families.config import read_shape
 from posttrain_backends.families.files import CONFIG, require_fitting
 from posttrain_backends.families.shape import FAMILIES, Shape
@@ -90,17 +90,12 @@ def with_external(graph: ModelProto, weights: Mapping[str, np.ndarray], expected
     """The graph with those of its inputs that are parameters as initialisers in float32, whose numbers stand in `file`,
     however small they are: so all can be replaced in one way. Raises `ConfigError` where names or shapes do not fit."""
     require_fitting({name: x.shape for name, x in weights.items()}, expected, "the saved model")
-    model = ModelProto()
-    model.CopyFrom(graph)
-    kept = [value for value in graph.graph.input if value.name not in expected]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    for name, size in expected.items():
+    model, _ = with_constants(graph, expected)
+    for tensor in (x for x in model.graph.initializer if x.name in expected):
         file.write(b"\0" * (-file.tell() % _PAGE))
-        offset, numbers = file.tell(), np.ascontiguousarray(weights[name], "<f4").tobytes()
+        offset, numbers = file.tell(), np.ascontiguousarray(weights[tensor.name], "<f4").tobytes()
         file.write(numbers)
-        tensor = model.graph.initializer.add(name=name, data_type=TensorProto.FLOAT, dims=size,
-                                             data_location=TensorProto.EXTERNAL)
+        del tensor.external_data[:]
         for key, value in (("location", DATA), ("offset", offset), ("length", len(numbers))):
             tensor.external_data.add(key=key, value=str(value))
     return model

@@ -83,17 +83,34 @@ class OnnxScorer:
         `ConfigError` beyond `max_position_embeddings`, `MemoryExhausted`."""
         if missing := outputs - PROVIDED:
             raise ConfigError([f"the onnx backend gives no {', '.join(sorted(missing))}"])
+        with_entropy = Output.ENTROPY in outputs
+        found = np.full((2, len(rollouts.source)), np.nan, np.float32)
+        for actions, hidden in self._states(rollouts) if outputs else ():
+            chosen = rollouts.tokens[rollouts.source[actions]].astype(np.int64)
+            for part in self._chunks(len(actions)):
+                said = (self._with_entropy if with_entropy else self._logprobs)(
+                    hidden=hidden[part], chosen=chosen[part], temperature=np.array(temperature, np.float32))
+                found[:len(said), actions[part]] = said
+        return TokenOutputs(logprobs=found[0], entropy=found[1] if with_entropy else None)
+
+    def _states(self, rollouts: Rollouts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Some actions [n] and the states before them [n, H], of one call after the other."""
         source, starts = rollouts.source, rollouts.offsets[:-1]
-        found = np.full((2, len(source)), np.nan, np.float32)
-        if outputs:
-            sequence = np.searchsorted(rollouts.offsets, source, side="right") - 1
-            read = np.zeros(len(starts), np.int64)  # tokens behind the last state that is asked for are not computed
-            np.maximum.at(read, sequence, source - starts[sequence])
-            self._check_length(int(read.max(initial=0)))
-            for rows in self._calls(read):
-                self._score_rows(rollouts, rows, read[rows], sequence, found, temperature,
-                                 self._with_entropy if Output.ENTROPY in outputs else self._logprobs)
-        return TokenOutputs(logprobs=found[0], entropy=found[1] if Output.ENTROPY in outputs else None)
+        sequence = np.searchsorted(rollouts.offsets, source, side="right") - 1
+        read = np.zeros(len(starts), np.int64)  # tokens behind the last state that is asked for are not computed
+        np.maximum.at(read, sequence, source - starts[sequence])
+        self._check_length(int(read.max(initial=0)))
+        for rows in self._calls(read):
+            actions, T = np.flatnonzero(np.isin(sequence, rows)), int(read[rows].max())
+            row = np.searchsorted(rows, sequence[actions])
+            (hidden,) = self._trunk(
+                tokens=rollouts.tokens[padded(starts[rows], read[rows])[0]].astype(np.int64),
+                asked=row * T + source[actions] - 1 - starts[rows[row]], seqlens_k=(read[rows] - 1).astype(np.int32),
+                total_sequence_length=np.array(T, np.int32))
+            yield actions, hidden
+
+    def _chunks(self, n: int) -> Iterator[slice]:
+        return (slice(i, i + self._head_rows) for i in range(0, n, self._head_rows))
 
     def _check_length(self, longest: int) -> None:
         if longest > (most := self.shape.max_position_embeddings):
@@ -105,20 +122,3 @@ class OnnxScorer:
         for group in similar_lengths(lengths):
             rows = max(1, _TOKENS // int(lengths[group].max()))
             yield from (group[i:i + rows] for i in range(0, len(group), rows))
-
-    def _score_rows(self, rollouts: Rollouts, rows: np.ndarray, lengths: np.ndarray, sequence: np.ndarray,
-                    found: np.ndarray, temperature: float, head: Bound) -> None:
-        """Write log-probs and, if `head` gives them, entropies of the actions of some sequences into `found` [2, N]."""
-        starts, T = rollouts.offsets[rows], int(lengths.max())
-        actions = np.flatnonzero(np.isin(sequence, rows))
-        row = np.searchsorted(rows, sequence[actions])
-        source = rollouts.source[actions]
-        (hidden,) = self._trunk(
-            tokens=rollouts.tokens[padded(starts, lengths)[0]].astype(np.int64),
-            asked=row * T + source - 1 - starts[row], seqlens_k=(lengths - 1).astype(np.int32),
-            total_sequence_length=np.array(T, np.int32))
-        for begin in range(0, len(actions), self._head_rows):
-            part = slice(begin, begin + self._head_rows)
-            said = head(hidden=hidden[part], chosen=rollouts.tokens[source[part]].astype(np.int64),
-                        temperature=np.array(temperature, np.float32))
-            found[:len(said), actions[part]] = said

@@ -7,8 +7,8 @@ other weights. Bound inputs are read where they lie: what is written into the ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar, final
 
 import numpy as np
 import onnxruntime as ort
@@ -19,7 +19,8 @@ from posttrain.rewards.pool import usable_cores
 
 from posttrain_backends.families.files import require_fitting
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+T = TypeVar("T")
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _SILENT = 4
 """Errors are raised, and need not be printed, too."""
 _SIGNS_OF_FULL_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA out of memory")
@@ -74,7 +75,7 @@ class Bound:
 
     def __init__(self, graph: ModelProto, weights: Weights, threads: int = 0) -> None:
         self._session = ort.InferenceSession(graph.SerializeToString(), options(threads),
-                                             providers=_PROVIDERS[weights.device])
+                                             providers=PROVIDERS[weights.device])
         self._io, self._weights = self._session.io_binding(), weights
         for value in self._session.get_inputs():
             if value.name in weights.values:
@@ -94,15 +95,19 @@ class Bound:
 
 
 def run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
-    """Compute what is bound. Raises `MemoryExhausted`, after the frames of the call are gone."""
+    """Compute what is bound. Raises `MemoryExhausted`."""
+    translating_memory_errors(lambda: session.run_with_iobinding(binding))
+
+
+def translating_memory_errors(computed: Callable[[], T]) -> T:
+    """What the call of a session gives; `MemoryExhausted` where it failed for want of memory, after the frames of the
+    call are gone."""
     try:
-        session.run_with_iobinding(binding)
+        return computed()
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _SIGNS_OF_FULL_MEMORY):
             raise
         message = str(error).partition("\n")[0]
-    else:
-        return
     raise MemoryExhausted(message)
 
 
@@ -132,7 +137,7 @@ def packed(graph: ModelProto, weights: Held, threads: int = 0) -> ort.InferenceS
     model, given = with_constants(graph, weights.values)
     chosen = options(threads)
     chosen.add_external_initializers(given, [weights.values[name] for name in given])
-    return ort.InferenceSession(model.SerializeToString(), chosen, providers=_PROVIDERS[weights.device])
+    return ort.InferenceSession(model.SerializeToString(), chosen, providers=PROVIDERS[weights.device])
 
 
 def with_constants(graph: ModelProto, weights: Mapping[str, object]) -> tuple[ModelProto, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -82,13 +82,12 @@ class Tape:
             self.write("Identity", [value], [name])
         self._outputs.append(_described(name, size, dtype))
 
-    def model(self, domains: Mapping[str, int] | None = None) -> ModelProto:
+    def model(self) -> ModelProto:
         """The graph, with its weights behind its other inputs."""
         weights = [_described(name, size, np.float32) for name, size in self.weights.items()]
         graph = helper.make_graph(self._nodes, "posttrain", [*self._inputs, *weights], self._outputs,
                                   [*self._constants.values()])
-        versions = {"": OPSET, **({ORT: 1} if any(node.domain == ORT for node in self._nodes) else {}),
-                    **(domains or {})}
+        versions = {"": OPSET, **({ORT: 1} if any(node.domain == ORT for node in self._nodes) else {})}
         return helper.make_model(graph, producer_name="posttrain", ir_version=_IR_VERSION,
                                  opset_imports=[helper.make_opsetid(name, version)
                                                 for name, version in versions.items()])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from posttrain.comm import Comm, SingleProcess
 from posttrain.data import Array, Loss, Metric, Metrics, MicroBatch, Rollouts, TokenOutputs, to_numpy
-from posttrain.errors import ConfigError, Diverged
+from posttrain.errors import ConfigError
 from posttrain.loss import SHARED
 from posttrain.ops import ops_of
 from posttrain.protocols import Objective, Optimization, Output, Sampler, Scorer, Tokenizer
@@ -52,13 +52,16 @@ from posttrain_backends._torch.sharing import computed
 from posttrain_backends._torch.unadapted import Unadapted
 from posttrain_backends.engines import Batched, require_quantizable
 from posttrain_backends.families.files import HEAD_FILES
+from posttrain_backends.learning import (
+    AT_THE_END,
+    diverged,
+    incomparable,
+    require_differentiable,
+    require_outputs,
+    require_weights_of_slots,
+)
 from posttrain_backends.ragged import offsets_of_tokens
 
-_MADE_WITH: Mapping[Output, str] = {
-    Output.VALUES: "value head", Output.ACTION_VALUES: "action-value head",
-    Output.EXPECTED_ACTION_VALUES: "action-value head", Output.REFERENCE_KL: "comparison with a reference",
-    Output.EXPERT_LOAD: "load of a mixture of experts"}
-"""Outputs that a model gives only where something was asked for, and that in words."""
 _COUNTERS = ("version", "bad_steps", "steps")
 """Entries of `state` that are single numbers."""
 _FROZEN = "frozen_weights"
@@ -87,12 +90,8 @@ class _Actions:
     """The experts that are replayed; it is told the others."""
 
 
-_AT_THE_END = frozenset({Output.BOOTSTRAP_VALUES, Output.EXPECTED_ACTION_VALUES})
-"""Outputs that say something of the state after each episode's last token."""
 _TRAINING_ONLY = frozenset({Output.EXPERT_LOAD})
 """Outputs that look at a whole optimiser step."""
-_SCORING_ONLY = frozenset({Output.EXPECTED_ACTION_VALUES})
-"""Outputs without a gradient."""
 
 
 @final
@@ -186,7 +185,7 @@ class TorchLearner:
                  routes: np.ndarray | None = None, load: np.ndarray | None = None) -> _Actions:
         """Actions at `source` of tokens whose sequences begin at `offsets`, and the least that must be computed."""
         tokens, before = np.asarray(tokens), np.asarray(source) - 1
-        ends = np.asarray(last)[:len(last) if outputs & _AT_THE_END else 0]
+        ends = np.asarray(last)[:len(last) if outputs & AT_THE_END else 0]
         need = computed(tokens, offsets, np.concatenate([before, ends]), self.device,
                         shared=self.trunk.shares_prompts, routes=routes)
         return _Actions(self._ids(tokens[need.kept]), need.layout, self._ids(need.place[before]),
@@ -276,11 +275,7 @@ class TorchLearner:
         return both[:, :len(before)], both[:, len(before):]
 
     def _check_outputs(self, outputs: frozenset[Output]) -> None:
-        if missing := outputs - self.provides:
-            parts = sorted({_MADE_WITH[output] for output in missing if output in _MADE_WITH})
-            hint = " from this model" if self._language is None else (
-                f" (no {' and no '.join(parts)} was asked for)" if parts else "")
-            raise ConfigError([f"the torch backend gives no {', '.join(sorted(missing))}{hint}"])
+        require_outputs("torch", outputs, self.provides, " from this model" if self._language is None else "")
 
     def _ids(self, x: Array) -> Tensor:
         return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(self.device)
@@ -304,13 +299,13 @@ class TorchLearner:
     def compare_with(self, reference: Scorer) -> None:
         """Say the KL to this model from now on, as it is at the time; see `posttrain.protocols.Comparing`."""
         if not isinstance(reference, TorchLearner | Unadapted):
-            raise _incomparable(f"the reference is a {type(reference).__name__}, whose output matrix a torch learner "
-                                "cannot read")
+            raise incomparable(f"the reference is a {type(reference).__name__}, whose output matrix a torch learner "
+                               "cannot read")
         other, own = reference.output_weight, self.model.output_weight
         if len(other) != len(own):
-            raise _incomparable(f"the reference has a vocabulary of {len(other)}, the policy one of {len(own)}")
+            raise incomparable(f"the reference has a vocabulary of {len(other)}, the policy one of {len(own)}")
         if other.device != own.device:
-            raise _incomparable(f"the reference is on {other.device}, the policy on {own.device}")
+            raise incomparable(f"the reference is on {other.device}, the policy on {own.device}")
         self._reference = reference
 
     @property
@@ -340,9 +335,7 @@ class TorchLearner:
             raise RuntimeError("this model was loaded for scoring (LoadRequest.optimization is None)")
         has_load = self._routed is not None and Output.EXPERT_LOAD in batch.constants
         self._check_outputs(objective.outputs - (_TRAINING_ONLY if has_load else frozenset()))
-        if constant := objective.outputs & _SCORING_ONLY:
-            raise ConfigError([f"{', '.join(sorted(constant))} carry no gradient; they come from scoring alone, and no "
-                               f"objective can ask for them ({type(objective).__name__} does)"])
+        require_differentiable(objective)
         if self._start is None:
             self._start = _random_state(self.device)
 
@@ -485,13 +478,14 @@ class TorchLearner:
         self._bad_steps = 0 if finite else self._bad_steps + 1
         self._forget()
         if self._bad_steps > self._optimizer.settings.max_bad_steps:
-            raise _diverged(self._bad_steps, gradients)
+            broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
+            raise diverged(self._bad_steps, broken, len(gradients))
         return metrics
 
     def _mixed(self, weights: Mapping[str, float] | None) -> dict[str, Tensor]:
         """The weighted sum of all slots by parameter, made in the first slot's place."""
-        if weights is not None and (unnamed := sorted(set(self._gradients) - set(weights))):
-            raise ValueError(f"slots {unnamed} have gradients but no weight; weights were given for {sorted(weights)}")
+        if weights is not None:
+            require_weights_of_slots(self._gradients, weights)
         first, *others = self._gradients or [SHARED]
         mixed = self._sums(first)
         for name, gradient in mixed.items():
@@ -597,12 +591,6 @@ def require_no_action_values(heads: int, what: str) -> None:
                       "critic.")
 
 
-def _incomparable(why: str) -> ConfigError:
-    return ConfigError([f"a KL over the whole vocabulary cannot be had: {why}"],
-                       next_step="Take a reference of the policy's backend, vocabulary and device, or a KL that looks "
-                                 "at sampled actions alone: kl.estimator=k2.")
-
-
 def _zero_head(outputs: int, weight: Tensor) -> nn.Linear | None:
     """A linear read-out that begins at 0, so that the first values are 0 whatever the trunk; None without outputs."""
     if not outputs:
@@ -655,14 +643,6 @@ def load_metrics(sent: np.ndarray) -> Metrics:
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=1)
     found = {"largest_share": share.max(axis=1), "smallest_share": share.min(axis=1), "entropy": entropy}
     return Metrics({f"experts/{name}": Metric(float(x.mean())) for name, x in found.items()})
-
-
-def _diverged(bad_steps: int, gradients: Mapping[str, Tensor]) -> Diverged:
-    broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
-    where = f"first in {', '.join(broken[:3])}" if broken else "each is finite, but not the norm of all"
-    return Diverged(
-        f"the gradient was not finite in {bad_steps} consecutive steps ({where}; {len(broken)} of {len(gradients)} "
-        "parameters). Lower optimizer.lr, look at the rewards' scale, or go on from an earlier checkpoint.")
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

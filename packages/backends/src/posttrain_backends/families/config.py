@@ -50,16 +50,17 @@ def _key(name: str, family: Family) -> str:
     return family.experts_key if name == "num_experts" else name
 
 
-def read_shape(folder: Path) -> Shape:
-    """The shape in a folder's `config.json`; raises `ConfigError` where the native decoder is another model."""
+def read_shape(folder: Path, backend: str = "torch") -> Shape:
+    """The shape in a folder's `config.json`; raises `ConfigError` where the native decoder is another model, which
+    `backend` then does not compute."""
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError([f"{folder} holds no {CONFIG}"], next_step=NO_FOLDER)
     said = json.loads(path.read_text(encoding="utf-8"))
     if problems := misfits(said):
-        backend = _OTHER_BACKENDS.get(said.get("model_type"), "hf")
-        raise ConfigError(problems, title=f"{path} describes a model the torch backend does not compute:",
-                          next_step=f"Use policy: {{use: {backend}, weights: {folder}}} for it.")
+        other = _OTHER_BACKENDS.get(said.get("model_type"), "hf")
+        raise ConfigError(problems, title=f"{path} describes a model the {backend} backend does not compute:",
+                          next_step=f"Use policy: {{use: {other}, weights: {folder}}} for it.")
     return shape_of(said)
 
 

@@ -9,11 +9,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from posttrain.data import Array
 from posttrain.errors import ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder with safetensors of a Llama, "
              "Mixtral, Qwen2, Qwen3 or SmolLM model (use: torch) or of a Mamba-2 model (use: ssm).")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+"""Of a transformer of the native families."""
+DERIVED = ".rotary_emb.inv_freq"
+"""In names of what older files hold beside their weights, and the configuration says."""
 _PADDED_TO = 64
 """Published models may have a few embeddings more than tokens, up to a multiple of this (Qwen: of 128)."""
 VALUE_HEAD, ACTION_VALUE_HEAD = "value_head.safetensors", "action_value_head.safetensors"
@@ -59,3 +64,15 @@ def require_fitting(given: Mapping[str, tuple[int, ...]], expected: Mapping[str,
     if problems:
         shown = [*problems[:5], *([f"and {len(problems) - 5} more"] if len(problems) > 5 else [])]
         raise ConfigError(shown, title=f"{what} does not fit the model:")
+
+
+def drop_tied(weights: dict[str, Array], output: str, embedding: str, folder: Path) -> None:
+    """Take the output matrix out of a folder's weights where it is the embedding. Raises `ConfigError` where it is
+    not."""
+    again = weights.pop(output, None)
+    if again is None or embedding not in weights:
+        return
+    if again.shape != weights[embedding].shape or not bool((again == weights[embedding]).all()):
+        raise ConfigError([f"{folder} ties the output matrix to the embedding (tie_word_embeddings), but {output} and "
+                           f"{embedding} differ"],
+                          next_step="Set tie_word_embeddings to false in its config.json to take both.")

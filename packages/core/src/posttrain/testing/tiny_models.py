@@ -133,7 +133,8 @@ class Probe:
                 raise ValueError("an objective asks for values, and the learner gives it none")
             error = out.values - batch.targets
             terms["value"] = Term(xp.sum(batch.value_weight * error * error), 0.5, shared)
-        return Loss(terms, {"ratio": (xp.sum(ops.stop_gradient(ratio)), float(batch.weight.shape[0]))})
+        real = xp.astype(batch.kl_weight > 0, ratio.dtype)  # bucket padding of a backend must not count
+        return Loss(terms, {"ratio": (xp.sum(real * ops.stop_gradient(ratio)), xp.sum(real))})
 
 
 def step_data(rollouts: Rollouts, slots: int = 1, heads: int = 0, seed: int = 0) -> StepData:

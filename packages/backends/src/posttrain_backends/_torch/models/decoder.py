@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.attention import ATTENTION, Attend
 from posttrain_backends._torch.models.feedforward import MLP, DecodedMixture, DenseWeights, Mixture
-from posttrain_backends._torch.models.files import copy_named, drop_tied, read_weights, write_model
+from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.grouped import SharedPrompts, attention
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, KVCache, Precision, autocast_to
 from posttrain_backends._torch.models.lean import Norm
@@ -30,11 +30,8 @@ from posttrain_backends._torch.models.mixture import Routes
 from posttrain_backends._torch.models.projections import Projection, joined, normed, plain_state
 from posttrain_backends._torch.models.rope import Rope, rope_table, rotate
 from posttrain_backends.families.config import config_of
+from posttrain_backends.families.files import DERIVED, EMBEDDING, OUTPUT, drop_tied
 from posttrain_backends.families.shape import FAMILIES, Shape, name_in_files
-
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_DERIVED = ".rotary_emb.inv_freq"
-"""In names of what older files hold beside their weights, and the configuration says."""
 
 
 class Attention(nn.Module):
@@ -193,7 +190,7 @@ class Decoder(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder, in whatever type they are. Raises `ConfigError` where they do not fit."""
-        weights = {name: tensor for name, tensor in read_weights(folder).items() if not name.endswith(_DERIVED)}
+        weights = {name: tensor for name, tensor in read_weights(folder).items() if not name.endswith(DERIVED)}
         if self.shape.tie_word_embeddings:
             drop_tied(weights, OUTPUT, EMBEDDING, folder)
         copy_named(weights.items(), self.state_dict(), f"policy.weights {folder}")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from posttrain.data import Array, to_numpy
-from posttrain.errors import ConfigError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,16 +17,6 @@ from posttrain_backends.families.files import CONFIG, WEIGHTS, require_fitting, 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's model, from one file or from those its index names; other files are left alone."""
     return {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
-
-
-def drop_tied(weights: dict[str, Tensor], output: str, embedding: str, folder: Path) -> None:
-    """Take the output matrix out of a folder's weights where it is the embedding. Raises `ConfigError` where it is
-    not."""
-    again = weights.pop(output, None)
-    if again is not None and not torch.equal(again, weights.get(embedding, again)):
-        raise ConfigError([f"{folder} ties the output matrix to the embedding (tie_word_embeddings), but {output} and "
-                           f"{embedding} differ"],
-                          next_step="Set tie_word_embeddings to false in its config.json to take both.")
 
 
 def read_head(folder: Path, file: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.models.files import copy_named, drop_tied, read_weights, write_model
+from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.interface import (
     COMPUTE_DTYPE,
     PARAMETER_DTYPE,
@@ -31,6 +31,7 @@ from posttrain_backends._torch.models.lean import Norm
 from posttrain_backends._torch.models.projections import normed, plain_state
 from posttrain_backends._torch.models.scan import Scan, by_torch
 from posttrain_backends._torch.models.ssd import Packing, convolve, convolve_step, ssd_step
+from posttrain_backends.families.files import drop_tied
 from posttrain_backends.families.mamba2 import Mamba2Shape, config_of
 
 EMBEDDING, OUTPUT = "backbone.embeddings.weight", "lm_head.weight"
