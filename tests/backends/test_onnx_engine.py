@@ -275,6 +275,12 @@ def test_policies_without_a_graph_are_refused_by_name_with_the_engine_that_draws
         refused(backend.load(request()), OnnxEngine(), rf"{name}(.|\n)*batched")
 
 
+@pytest.mark.needs("torchao")
+def test_a_policy_with_quantised_weights_is_refused() -> None:
+    backend = Torch(hidden_size=32, layers=1, heads=2, kv_heads=1, device="cpu", quantize="int8_weight_only")
+    refused(backend.load(request()), OnnxEngine(), r"weights are quantised(.|\n)*rollout\.engine\.quantize")
+
+
 USER = """
 import torch
 class Model(torch.nn.Module):
