@@ -65,6 +65,11 @@ class Flax:
     """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
     head_chunk: int = 0
     """At most so many rows of logits exist at a time, rounded down to a power of two; 0 chooses by vocabulary."""
+    data_parallel: int = 1
+    """Devices over which the rows of a batch are spread, each with all it needs of the weights."""
+    tensor_parallel: int = 1
+    """Devices over which each matrix is spread; must divide the heads, the key and value heads, the MLP's width and the
+    vocabulary. A model takes `data_parallel` times `tensor_parallel` devices."""
     adapter: Lora | None = None
     """Not there yet: refused."""
     quantize: Quantizer | None = None
@@ -72,6 +77,9 @@ class Flax:
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        if self.data_parallel < 1 or self.tensor_parallel < 1:
+            raise ValueError(f"data_parallel and tensor_parallel must be at least 1, got {self.data_parallel} and "
+                             f"{self.tensor_parallel}")
         if self.family in ("qwen2_moe", "qwen3_moe"):
             raise ValueError(f"family {self.family} has experts, which the flax backend does not compute yet: use "
                              "policy.use=moe")
@@ -99,7 +107,8 @@ class Flax:
 
         return decoder_learner(
             request, shape, weights=self.weights, device=self.device, precision=self.precision,
-            gradient_checkpointing=self.gradient_checkpointing, head_chunk=self.head_chunk)
+            gradient_checkpointing=self.gradient_checkpointing, head_chunk=self.head_chunk,
+            data_parallel=self.data_parallel, tensor_parallel=self.tensor_parallel)
 
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes and traits of the decoder, from the folder of weights where there is one. Raises `ConfigError` for
