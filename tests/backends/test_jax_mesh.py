@@ -16,6 +16,7 @@ pytest.importorskip("flax")
 
 from posttrain_backends._jax.mesh import mesh_of, require_divisible, spec_of
 from posttrain_backends.families.shape import Shape
+from posttrain_backends.flax import Flax
 
 LLAMA = Shape(vocab_size=8, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
@@ -33,6 +34,11 @@ def test_more_devices_than_there_are_are_refused() -> None:
     with pytest.raises(ConfigError, match=f"{n + 1} x policy.tensor_parallel 2 needs {2 * (n + 1)} devices, JAX finds "
                        f"{n} of kind cpu"):
         mesh_of(jax.devices("cpu"), n + 1, 2)
+
+
+def test_a_module_of_the_users_own_has_no_tensor_axis() -> None:
+    with pytest.raises(ValueError, match="module from `file` can have data_parallel"):
+        Flax(file="m.py:build", tensor_parallel=2)
 
 
 def test_every_matrix_is_cut_and_every_vector_of_hidden_size_is_whole() -> None:
@@ -83,7 +89,6 @@ def trained_on_a_mesh() -> None:
     stays where it was put."""
     from posttrain.protocols import LoadRequest
     from posttrain.testing.tiny_models import PLAIN, Probe, accumulate, random_rollouts, step_data, weights_of
-    from posttrain_backends.flax import Flax
 
     tiny = Flax(hidden_size=16, layers=1, heads=4, kv_heads=2, intermediate_size=24, max_positions=32, device="cpu")
     rollouts = random_rollouts(8)

@@ -17,36 +17,14 @@ import torch
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
 
-from posttrain.errors import ConfigError, DataError, MemoryExhausted, PluginError  # after the check
+from judges import COMPLETIONS, GROUPED, PROMPTS, SEQUENCE, TOKEN, V, chats, written  # after the check
+from posttrain.errors import ConfigError, DataError, MemoryExhausted, PluginError
 from posttrain.protocols import RewardSource
 from posttrain_backends._torch.hf_classifier import fault_of
 from posttrain_backends.reward_models import RewardModel
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries' own
-
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz 0123456789+=?"
-TEMPLATE = ("{% for m in messages %}[{{ m.role[0] }}]{{ m.content.strip() }}<eos>{% endfor %}"
-            "{% if add_generation_prompt %}[a]{% endif %}")
-V = 4 + len(CHARACTERS) + 2
-SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-TWO = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
-KINDS = {
-    "llama": (transformers.LlamaForSequenceClassification, GROUPED, {"num_labels": 1}),
-    "qwen3, two labels": (transformers.Qwen3ForSequenceClassification, {**GROUPED, "head_dim": 8}, TWO),
-    "gpt2": (transformers.GPT2ForSequenceClassification,
-             {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, {"num_labels": 1}),
-    "bert": (transformers.BertForSequenceClassification, SIZES, {"num_labels": 1}),
-    "llama, tokens": (transformers.LlamaForTokenClassification, GROUPED, {"num_labels": 1}),
-    "qwen3, tokens": (transformers.Qwen3ForTokenClassification, {**GROUPED, "head_dim": 8}, TWO),
-    "bert, tokens": (transformers.BertForTokenClassification, SIZES, TWO),
-}
-SEQUENCE = tuple(name for name in KINDS if not name.endswith("tokens"))
-TOKEN = tuple(name for name in KINDS if name.endswith("tokens"))
-PROMPTS = ["what is 1+1?", "a", "say something long about b and c", "x", "a"]
-COMPLETIONS = ["2", "the quick brown fox", " b ", "", "abc def"]
 
 
 @pytest.fixture(scope="module")
@@ -56,31 +34,9 @@ def folder(tmp_path_factory):
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = tmp_path_factory.mktemp("model")
-            kind, sizes, labels = KINDS[name]
-            torch.manual_seed(3)
-            model = kind(kind.config_class(**sizes, **labels))
-            for p in model.parameters():  # larger than drawn, so that answers differ by more than rounding
-                p.data.mul_(3)
-            model.save_pretrained(made[name])
-            characters(made[name], encoder=name.startswith("bert"))
+            made[name] = written(tmp_path_factory.mktemp("model"), name)
         return made[name]
     return make
-
-
-def characters(path: Path, encoder: bool = False) -> None:
-    """Write a tokenizer of one token per character; that of an encoder knows how to put its own around a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    ids = {t: i for i, t in enumerate(["<eos>", "<pad>", "[CLS]", "[SEP]", *CHARACTERS, "[", "]"])}
-    library = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
-    library.pre_tokenizer, library.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    if encoder:
-        library.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=library, eos_token="<eos>", pad_token="<pad>" if encoder else None)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
 
 
 def load(path: Path, **fields):
@@ -93,10 +49,6 @@ def library(path: Path):
     auto = (transformers.AutoModelForTokenClassification if "Token" in config.architectures[0]
             else transformers.AutoModelForSequenceClassification)
     return auto.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
-
-
-def chats() -> list[list[dict[str, str]]]:
-    return [[{"role": "system", "content": "s"}, {"role": "user", "content": p}] for p in PROMPTS]
 
 
 def alone(path: Path, prompts, completions, special: bool = False) -> list[torch.Tensor]:

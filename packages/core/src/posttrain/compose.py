@@ -122,17 +122,22 @@ def reward_workers(settings: Settings) -> Pool:
 
 
 def references_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> tuple[Scorer, Scorer | None]:
-    """The model that the KL is taken to, and where that one moves, the policy as it is before training."""
+    """The model that the KL is taken to, and where that one moves, the policy as it is before training. One that moves
+    in a framework of its own begins with the policy's weights, whichever it was loaded with."""
     how = loaded.settings.reference_update
     if not how.moves:
         return reference_of(loaded, policy, request), None
     if how.rate < 1 and isinstance(policy, Adapted) and policy.base() is not None:
         raise ConfigError(["reference_update.rate: a mean of two adapters' factors is no mean of what they do; use "
                            "rate: 1, or train all weights"])
-    with importing(loaded, "policy"):
-        moving: Scorer = loaded.settings.policy.load(replace(
+    given = loaded.settings.reference
+    with importing(loaded, "reference"):
+        moving: Scorer = (given or loaded.settings.policy).load(replace(
             request, value_heads=0, action_value_heads=0, optimization=None))
-    return moving, reference_of(loaded, policy, request)
+    initial = reference_of(loaded, policy, request)
+    for copy in (moving, initial) if given is not None else ():
+        copy.load_params(policy.params(), policy.version)
+    return moving, initial
 
 
 def reference_of(loaded: Loaded, policy: Learner, request: LoadRequest) -> Scorer:

@@ -127,6 +127,11 @@ def _check_supervised(loaded: Loaded) -> list[Problem]:
     return problems
 
 
+def _is_beside_the_policy(settings: Settings) -> bool:
+    """Whether a reference is given where the policy's own backend could load the copy of it."""
+    return settings.reference is not None and settings.reference.framework == settings.policy.framework
+
+
 def scores_answers(settings: Settings) -> bool:
     """Whether what is trained is a model of values alone: a reward model."""
     return settings.loop == "supervised" and Output.VALUES in settings.objective.outputs
@@ -163,9 +168,9 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     if settings.gradient_combiner is not None and settings.kl.placement == "advantage":
         problems.append(Problem("kl.placement: advantage would be taken from the advantages of every reward; use "
                                 "placement: loss"))
-    if settings.reference_update.moves and (settings.kl.placement == "none" or settings.reference is not None):
+    if settings.reference_update.moves and (settings.kl.placement == "none" or _is_beside_the_policy(settings)):
         problems.append(Problem("reference_update moves the copy of the policy that the KL is taken to; set kl, and "
-                                "leave reference out"))
+                                "leave reference out, or give one of another framework"))
     if settings.update.max_kl and ratio_to_sampler(settings):
         problems.append(Problem("update.max_kl measures from the policy before the update, and the ratio is to the "
                                 "sampler, which is further away; add correction: tis, or leave max_kl out"))

@@ -454,7 +454,8 @@ class Reporting(Protocol):
     """What a sampler may be beside `Sampler`: one that says how it drew."""
 
     def metrics(self) -> Metrics:
-        """Of the last rollout; they are logged as `rollout/NAME`."""
+        """Of the last rollout; they are logged as `rollout/NAME`, and those named `timing/...` as they are: only they
+        may differ between equal runs."""
         ...
 
 
@@ -484,6 +485,31 @@ class Frozen(Protocol):
     @property
     def frozen(self) -> str:
         """Why nothing of the model can be trained, and what to do; empty where it can."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What is said of a model that was written in another format."""
+
+    compared: str
+    """How far the written model is from the one that was saved, measured: a sentence for people."""
+    usage: str
+    """Markdown that shows how a folder named FOLDER is used, for the model's card."""
+
+
+@runtime_checkable
+class Exporting(Protocol):
+    """What a backend may be beside its kind: one that writes its models in more formats than its learners save, by
+    `posttrain export RUN --format NAME`."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+    def export(self, form: str, saved: Path, folder: Path) -> Exported:
+        """Write what `Learner.save` wrote to `saved` into the empty `folder`, in one of the formats, and compare the
+        two. Raises `ConfigError` where the format has no such model and where the two differ, `PluginError`."""
         ...
 
 

@@ -45,6 +45,7 @@ from posttrain.protocols import (
 from posttrain.rewards.pool import Pool
 from posttrain.rewards.scoring import score as score_rewards
 from posttrain.rewards.scoring import summed
+from posttrain.rundir import TIMING
 from posttrain.schema import Settings
 from posttrain.state import RunState, Snapshot
 from posttrain.steps import (
@@ -178,7 +179,7 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
         cursor += len(prompts)
         rollouts = parts.sampler.rollout(grouped, sampling_of(settings), (settings.seed, step, attempt))
         if isinstance(parts.sampler, Reporting):
-            metrics += parts.sampler.metrics().prefixed("rollout")
+            metrics += reported(parts.sampler.metrics())
         with phases("reward"):
             rollouts, failures = rewarded(parts, settings, rollouts)
         metrics += failures.prefixed("reward")
@@ -198,6 +199,15 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
     if rollout.filter_zero_variance:
         metrics += {"rollout/filtered_groups": Metric(dropped, reduction="sum")}
     return Rollouts.concat(kept), cursor, metrics
+
+
+def reported(metrics: Metrics) -> Metrics:
+    """A sampler's metrics under `rollout/`, but for seconds.
+
+    >>> reported(Metrics({"busy": Metric(1.0, 2), "timing/refresh_time": Metric(0.1)})).values_by_name()
+    {'rollout/busy': 0.5, 'timing/refresh_time': 0.1}
+    """
+    return Metrics({name if name.startswith(TIMING) else f"rollout/{name}": x for name, x in metrics.items()})
 
 
 def rewarded(parts: Parts, settings: Settings, rollouts: Rollouts) -> tuple[Rollouts, Metrics]:

@@ -48,7 +48,7 @@ class Rectangle:
         return {"tokens": self.tokens, "before": self.before, "chosen": self.chosen, "last": self.last}
 
 
-def rectangle(tokens: Array, offsets: np.ndarray, source: Array, last: Array, *, max_positions: int,
+def rectangle(tokens: Array, offsets: np.ndarray, source: Array, last: Array, *, max_positions: int | None,
               rows: int = 1) -> Rectangle:
     """Of sequences that begin at `offsets` [S+1] in `tokens` [M], whose actions are at `source` and whose episodes end
     at `last`; a number of rows that `rows` divides. Raises `ConfigError` where a sequence is longer than
@@ -62,10 +62,11 @@ def rectangle(tokens: Array, offsets: np.ndarray, source: Array, last: Array, *,
     tokens, source, last = (np.asarray(x) for x in (tokens, source, last))
     lengths = np.diff(offsets)
     longest = int(lengths.max(initial=1))
-    if longest > max_positions:
+    if max_positions is not None and longest > max_positions:
         raise ConfigError([f"a sequence of {longest} tokens does not fit the model's {max_positions} positions"],
                           next_step="Raise policy.max_positions, or lower rollout.max_new_tokens or the prompts.")
-    T = min(power_of_two(longest, _SHORTEST), max_positions)
+    T = power_of_two(longest, _SHORTEST)
+    T = T if max_positions is None else min(T, max_positions)
     S = -(-power_of_two(len(lengths)) // rows) * rows
     row = np.repeat(np.arange(len(lengths)), lengths)
     place = row * T + np.arange(len(tokens)) - np.repeat(np.asarray(offsets)[:-1], lengths)

@@ -65,10 +65,10 @@ class JaxLearner:
         self._dtype = np.dtype(np.float64 if self._exact else np.float32)
         self._forward = Forward(structure, head_rows)
         with self.scope():
-            model = jax.eval_shape(lambda p: structure.bound(p).output_weight, dict(structure.shapes))
-            self.vocab_size, self._width = model.shape
-            bound = structure.bound(structure.shapes)
-            self.max_positions, self.compute_dtype = bound.max_positions, bound.compute_dtype
+            traits: dict[str, Any] = {}
+            self.vocab_size, self._width = jax.eval_shape(
+                partial(_looked_at, structure, traits), structure.shapes).shape
+            self.max_positions, self.compute_dtype = traits["max_positions"], traits["compute_dtype"]
             self._params = {**{name: placement.weight(name, x) for name, x in params.items()},
                             **self._zero_head("value_head", value_heads),
                             **self._zero_head("action_value_head", action_value_heads * self.vocab_size)}
@@ -339,3 +339,10 @@ class JaxLearner:
 
     def _put_head(self, head: str, name: str, x: Any) -> jax.Array:
         return self.placement.weight(f"{head}.{name}", x)
+
+
+def _looked_at(structure: Structure, traits: dict[str, Any], params: Params) -> jax.Array:
+    """The output matrix; puts what else is asked of the model itself into `traits`."""
+    model = structure.bound(params)
+    traits |= {"max_positions": model.max_positions, "compute_dtype": model.compute_dtype}
+    return model.output_weight

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from posttrain.errors import ConfigError, DataError, MemoryExhausted, did_you_mean
+from posttrain.errors import ConfigError, did_you_mean
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -33,9 +31,11 @@ from posttrain_backends._torch.models.hf_attention import attending, read_with, 
 from posttrain_backends._torch.models.hf_value import head_of
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE
 from posttrain_backends._torch.quiet import errors_alone, without_bars
+from posttrain_backends._transformers.tokenizer import read
 from posttrain_backends.attention import choose, differs, raised, require_device
 from posttrain_backends.families.files import VALUE_HEAD
 from posttrain_backends.hf import source_of, unreachable
+from posttrain_backends.judging import Parts, Reader, Row, pad_of, padded
 
 if TYPE_CHECKING:
     from posttrain_backends.hf import HF
@@ -130,53 +130,6 @@ def read_with_head(spec: HF | RewardModel, head: Mapping[str, Tensor]) -> PreTra
     return module.eval()
 
 
-# ---- the texts that it reads
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What the model reads of one row."""
-
-    whole: str
-    answer: slice
-    """Characters of the answer in `whole`."""
-    is_chat: bool
-    """Whether a chat template wrote it, special tokens included."""
-
-
-def text_of(prompt: Any, completion: str, tokenizer: Any) -> Text:
-    """The row as one text. Raises `DataError` where the prompt is token ids, or the template is missing or refuses.
-
-    The answer is looked for behind the prompt as the template writes it when an answer is to follow; templates that
-    trim it are followed.
-    """
-    if isinstance(prompt, str):
-        return Text(prompt + completion, slice(len(prompt), len(prompt) + len(completion)), False)
-    if not all(isinstance(message, Mapping) for message in prompt):
-        raise DataError(["the prompt is token ids, which a reward model with its own tokenizer cannot read; give rows "
-                         "text or messages"])
-    messages = [dict(message) for message in prompt]
-    whole = _written(tokenizer, [*messages, {"role": "assistant", "content": completion}], follows=False)
-    before = [_written(tokenizer, messages, follows=follows) for follows in (True, False)]
-    start = next((len(text) for text in before if whole.startswith(text)), 0)
-    answer = completion if completion in whole[start:] else completion.strip()
-    found = whole.find(answer, start)
-    return Text(whole, slice(found, found + len(answer)) if found >= 0 else slice(start, len(whole)), True)
-
-
-def _written(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, follows: bool) -> str:
-    """The conversation as the model's own chat template writes it; `follows`: up to where an answer begins."""
-    if not tokenizer.chat_template:
-        raise DataError(["the prompt is made of messages, but the reward model's tokenizer has no chat template; give "
-                         "its folder a chat_template.jinja, or give rows text"])
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=follows)
-    except Exception as error:  # templates raise whatever Jinja or their author raises
-        raise DataError([f"the reward model's chat template refuses the messages: {error}"]) from error
-    return text
-
-
 # ---- from logits to a number
 
 
@@ -218,16 +171,6 @@ def label_of(given: str | int, config: Any) -> int:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Token ids of one row, and which of them are the answer's."""
-
-    ids: tuple[int, ...]
-    answer: tuple[int, ...]
-    """Places of the answer's tokens; () where nobody asks for them."""
-
-
-@final
 class LoadedRewardModel:
     """See `posttrain.protocols.Reward`. `rows_alone` scores every row in a forward pass of its own."""
 
@@ -237,55 +180,29 @@ class LoadedRewardModel:
         self._alone = module.config.num_labels == 1 or module.config.problem_type == "multi_label_classification"
         self._output, self._reduce = OUTPUTS[spec.output], REDUCTIONS[spec.tokens]
         self._pad: int = _text_config(module).pad_token_id
-        self._whole = spec.until == "template" or (spec.until == "auto" and not value_head_of(spec))
-        self._limit, self._cells = spec.max_tokens or max_positions(module), spec.batch_tokens
-        self._halved = self.rows_alone = False
-        self.adds_special_tokens = spec.special_tokens == "add" or (
-            spec.special_tokens == "auto" and not is_causal(module))
+        special = spec.special_tokens == "add" or (spec.special_tokens == "auto" and not is_causal(module))
+        self._reader = Reader(tokenizer, special, whole=spec.until == "template" or (
+            spec.until == "auto" and not value_head_of(spec)), finds_answers=task == "token",
+            limit=spec.max_tokens or max_positions(module))
+        self._parts, self.rows_alone = Parts(spec.batch_tokens, self._free), False
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         """One score per row; None where a token-classification model finds no token in the answer. Raises `DataError`
         for a row that cannot be read, `MemoryExhausted` where a single row does not fit."""
-        rows = [self._row(text_of(p, c, self.tokenizer)) for p, c in zip(prompts, completions, strict=True)]
-        scores: list[float | None] = [None] * len(rows)
-        waiting = sorted((i for i, row in enumerate(rows) if row.answer or self._task == "sequence"),
-                         key=lambda i: -len(rows[i].ids))
-        while waiting:
-            part = waiting[:1 if self.rows_alone else max(1, self._cells // len(rows[waiting[0]].ids))]
-            try:
-                found = self.scored([rows[i] for i in part])
-            except MemoryExhausted:
-                if len(part) == 1:
-                    raise
-                self._halve(len(part) * len(rows[part[0]].ids))
-                continue
-            for i, number in zip(part, found, strict=True):
-                scores[i] = number
-            waiting = waiting[len(part):]
-        return scores
+        rows = [self._reader(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return self._parts(rows, self.scored, alone=self.rows_alone)
 
-    def _row(self, text: Text) -> _Row:
-        special = self.adds_special_tokens and not text.is_chat
-        read = text.whole if self._whole else text.whole[:text.answer.stop]
-        whole = self.tokenizer(read, add_special_tokens=special, return_offsets_mapping=self._task == "token")
-        ids = tuple(whole["input_ids"])
-        if not ids:
-            raise DataError(["prompt and answer are empty; a reward model reads at least one token"])
-        if self._limit is not None and len(ids) > self._limit:
-            raise DataError([f"the row has {len(ids)} tokens for the reward model, which reads {self._limit} (its "
-                             "positions, or max_tokens); lower rollout.max_new_tokens or data.max_prompt_tokens"])
-        start, stop = text.answer.start, text.answer.stop
-        places = tuple(i for i, (a, b) in enumerate(whole.get("offset_mapping", ()))
-                       if a < b and b > start and a < stop)
-        return _Row(ids, places)
+    def _free(self) -> None:
+        if self.module.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def scored(self, rows: Sequence[_Row]) -> list[float]:
+    def scored(self, rows: Sequence[Row]) -> list[float]:
         """Scores of rows in one forward pass. Raises `MemoryExhausted`."""
         def computed() -> list[float]:
             logits = self.logits([row.ids for row in rows])
             if self._task == "token":
                 chosen = self._output(logits, self._alone)[..., self._label]
-                return [float(self._reduce(chosen[i, list(row.answer)])) for i, row in enumerate(rows)]
+                return [float(self._reduce(chosen[i, list(row.answer or ())])) for i, row in enumerate(rows)]
             numbers: list[float] = self._output(logits, self._alone)[:, self._label].tolist()
             return numbers
         return translating_memory_errors(computed)
@@ -294,25 +211,12 @@ class LoadedRewardModel:
     def logits(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Of rows padded on the right: [rows, labels], or [rows, columns, labels] of a token-classification model; in
         float32."""
-        lengths = np.array([len(row) for row in ids])
-        table = np.full((len(ids), lengths.max()), self._pad)
-        real = np.arange(lengths.max()) < lengths[:, None]
-        table[real] = np.concatenate([np.asarray(row) for row in ids])
+        table, real = padded(ids, self._pad)
         device = self.module.device
         out = self.module(input_ids=torch.from_numpy(table).to(device),
                           attention_mask=torch.from_numpy(real.astype(np.int64)).to(device))
         logits: Tensor = out.logits.float()
         return logits
-
-    def _halve(self, failed: int) -> None:
-        """Go on with half the cells of what did not fit; told once."""
-        self._cells = failed // 2
-        if self.module.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if not self._halved:
-            log.warning("the reward model ran out of memory on %d padded tokens and goes on with half as many in a "
-                        "forward pass; set batch_tokens to what fits", failed)
-        self._halved = True
 
 
 def load(spec: RewardModel, threads: int) -> LoadedRewardModel:
@@ -322,14 +226,10 @@ def load(spec: RewardModel, threads: int) -> LoadedRewardModel:
     device = device_of(spec.device, spec.precision)
     require_device(spec.attention, device.type, trained=False)
     task, module = read_classifier(spec, read_config(spec))
-    name, arguments = source_of(spec.weights, spec.model, spec.revision)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=spec.trust_remote_code, **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise unreachable(spec.weights or spec.model, error) from error
+    tokenizer = read(spec.weights, spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
     if task == "token" and not tokenizer.is_fast:
-        raise ConfigError([f"{type(tokenizer).__name__} of {name} does not tell where its tokens stand in a text, so "
-                           "the answer's cannot be found; give the folder a tokenizer.json"])
+        raise ConfigError([f"{type(tokenizer).__name__} of {spec.weights or spec.model} does not tell where its tokens "
+                           "stand in a text, so the answer's cannot be found; give the folder a tokenizer.json"])
     set_pad(task, module, tokenizer)
     reward = LoadedRewardModel(spec, task, module, tokenizer)
     difference = padding_error(reward)
@@ -373,16 +273,7 @@ def set_pad(task: Task, module: PreTrainedModel, tokenizer: Any) -> None:
     config = _text_config(module)
     if config.pad_token_id is not None:
         return
-    known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, config.eos_token_id) if isinstance(i, int)]
-    if not known:
-        raise ConfigError([f"neither {type(module).__name__} nor its tokenizer names a token for padding or for the "
-                           "end of a text, so rows cannot be padded"],
-                          next_step="Set pad_token_id in the config.json of the reward model.")
-    config.pad_token_id = known[0]
-    if task == "sequence" and known[0] == tokenizer.eos_token_id:
-        log.warning("%s names no token for padding; %r is taken, as TRL does, so a score is read at the last token "
-                    "before it; set pad_token_id in its config.json for another", type(module).__name__,
-                    tokenizer.eos_token)
+    config.pad_token_id = pad_of(tokenizer, config.eos_token_id, type(module).__name__, at_last=task == "sequence")
 
 
 def max_positions(module: PreTrainedModel) -> int | None:

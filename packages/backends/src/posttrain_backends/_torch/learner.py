@@ -287,11 +287,12 @@ class TorchLearner:
 
     def sampler(self, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> Sampler:
         """What draws from this model; see `posttrain_backends.engines.Decoding`."""
+        from posttrain_backends._torch.drawn import drawn_from
         from posttrain_backends._torch.generate import TorchSampler
 
         if engine.quantize is not None:
             require_quantizable(self, engine.quantize)
-        return TorchSampler(self, tokenizer, engine, shared=shared)
+        return TorchSampler(drawn_from(self, engine.quantize, shared=shared), tokenizer, engine, self.version)
 
     # ---- the model that it is compared with
 
@@ -515,8 +516,7 @@ class TorchLearner:
 
     def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None:
         """Replace all the model's weights. Raises `ConfigError` where names or shapes do not fit."""
-        given = ((name, torch.as_tensor(x)) for name, x in items)
-        files.copy_named(given, self.trunk.state_dict(), "the given set of weights")
+        files.copy_named(items, self.trunk.state_dict(), "the given set of weights")
         self._version = version
 
     def state(self) -> Mapping[str, np.ndarray]:

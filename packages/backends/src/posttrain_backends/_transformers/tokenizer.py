@@ -55,11 +55,7 @@ class LoadedTokenizer:
 
 def load(spec: HFTokenizer) -> LoadedTokenizer:
     """See `HFTokenizer.load`."""
-    name, arguments = source_of(spec.weights, spec.model, spec.revision)
-    try:
-        library: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=spec.trust_remote_code, **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise unreachable(spec.weights or spec.model, error) from error
+    library = read(spec.weights, spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
     if spec.chat_template:
         library.chat_template = spec.chat_template
     eos = _id(library, spec.eos or library.eos_token, "eos")
@@ -67,6 +63,16 @@ def load(spec: HFTokenizer) -> LoadedTokenizer:
     bos = _id(library, spec.bos, "bos") if spec.bos else _own_bos(library)
     library.eos_token, library.pad_token = library.convert_ids_to_tokens([eos, pad])
     return LoadedTokenizer(library, pad, bos, eos, max(library.get_vocab().values()) + 1)
+
+
+def read(weights: str, model: str = "", revision: str = "", *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or a repository, as transformers has it. Raises `ConfigError` where it cannot be
+    read."""
+    name, arguments = source_of(weights, model, revision)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise unreachable(weights or model, error) from error
 
 
 def _id(library: Any, token: str | None, name: str) -> int:

@@ -1,0 +1,1 @@
+"""What imports transformers and no framework: tokenizers. Imported on load only."""
