@@ -128,17 +128,17 @@ def test_a_shape_is_compiled_once_and_counted():
     counts = []
     for seed in range(3):
         accumulate(learner, step_data(random_rollouts(V), seed=seed), probe)
-        counts.append(learner.apply()["compilations"].value)
+        counts.append(learner.apply()["timing/compilations"].value)
     assert counts[0] >= 1 and counts[1:] == [0.0, 0.0]
     learner.accumulate(cut(step_data(random_rollouts(V, episodes=40)), np.arange(40)), probe, {})
-    assert learner.apply()["compilations"].value == 1
+    assert learner.apply()["timing/compilations"].value == 1
 
 
 def test_another_coefficient_compiles_nothing():
     learner, probe, data = Flax(**SIZES).load(request()), Probe(POLICY), step_data(random_rollouts(V))
     for entropy in (0.1, 0.2, 0.3):
         learner.accumulate(cut(data, np.arange(8)), probe, {"entropy": entropy})
-        last = learner.apply()["compilations"].value
+        last = learner.apply()["timing/compilations"].value
     assert last == 0
 
 

@@ -69,6 +69,11 @@ class Flax:
     """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
     head_chunk: int = 0
     """At most so many rows of logits exist at a time, rounded down to a power of two; 0 chooses by vocabulary."""
+    data_parallel: int = 1
+    """Devices over which the rows of a batch are spread, each with all it needs of the weights."""
+    tensor_parallel: int = 1
+    """Devices over which each matrix is spread; must divide the heads, the key and value heads, the MLP's width and the
+    vocabulary. A model takes `data_parallel` times `tensor_parallel` devices."""
     adapter: Lora | None = None
     """Not there yet: refused."""
     quantize: Quantizer | None = None
@@ -76,12 +81,18 @@ class Flax:
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        if self.data_parallel < 1 or self.tensor_parallel < 1:
+            raise ValueError(f"data_parallel and tensor_parallel must be at least 1, got {self.data_parallel} and "
+                             f"{self.tensor_parallel}")
         if self.family in ("qwen2_moe", "qwen3_moe"):
             raise ValueError(f"family {self.family} has experts, which the flax backend does not compute yet: use "
                              "policy.use=moe")
         if self.file and (self.gradient_checkpointing or self.precision == "bf16"):
             raise ValueError("gradient_checkpointing and precision bf16 are for the native transformer; a module from "
                              "`file` uses jax.checkpoint and bfloat16 itself")
+        if self.file and self.tensor_parallel > 1:
+            raise ValueError("tensor_parallel is for the native transformer, whose matrices are known by name; a "
+                             "module from `file` can have data_parallel")
         if self.adapter is not None:
             raise ValueError("adapter: the flax backend has no low-rank adapters yet; leave it out, or use "
                              "policy.use=hf")
@@ -108,7 +119,8 @@ class Flax:
 
         return decoder_learner(
             request, shape, weights=self.weights, device=self.device, precision=self.precision,
-            gradient_checkpointing=self.gradient_checkpointing, head_chunk=self.head_chunk)
+            gradient_checkpointing=self.gradient_checkpointing, head_chunk=self.head_chunk,
+            data_parallel=self.data_parallel, tensor_parallel=self.tensor_parallel)
 
     def _user_learner(self, request: LoadRequest) -> JaxLearner:
         if not request.vocab_size:
@@ -116,7 +128,7 @@ class Flax:
         from posttrain_backends._jax.native import user_learner
 
         return user_learner(request, self.file, weights=self.weights, device=self.device, precision=self.precision,
-                            head_chunk=self.head_chunk)
+                            head_chunk=self.head_chunk, data_parallel=self.data_parallel)
 
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes and traits of the decoder, from the folder of weights where there is one. Raises `ConfigError` for

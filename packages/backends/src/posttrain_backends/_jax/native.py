@@ -13,8 +13,9 @@ from posttrain.protocols import LoadRequest
 from posttrain_backends._jax.decoder import PARAMETER_DTYPE, Decoder, Precision
 from posttrain_backends._jax.learner import JaxLearner
 from posttrain_backends._jax.loading import fitted, read_weights
+from posttrain_backends._jax.mesh import placement_on, require_divisible
 from posttrain_backends._jax.model import Params, Structure
-from posttrain_backends._jax.placement import Device, OneDevice, Placement, device_of
+from posttrain_backends._jax.placement import Device, Placement, device_of
 from posttrain_backends._jax.user import user_model
 from posttrain_backends.families.config import config_of
 from posttrain_backends.families.files import DERIVED, EMBEDDING, OUTPUT, drop_tied
@@ -23,10 +24,12 @@ from posttrain_backends.families.shape import Shape
 
 
 def decoder_learner(request: LoadRequest, shape: Shape, *, weights: str, device: Device, precision: Precision,
-                    gradient_checkpointing: bool, head_chunk: int) -> JaxLearner:
+                    gradient_checkpointing: bool, head_chunk: int, data_parallel: int,
+                    tensor_parallel: int) -> JaxLearner:
     """The learner of a decoder with the weights and heads of the folder `weights`, or with first weights. Raises
-    `ConfigError` where they do not fit."""
-    placement = OneDevice(device_of(device))
+    `ConfigError` where they, or the sizes and the devices, do not fit."""
+    require_divisible(shape, tensor_parallel)
+    placement = placement_on(device_of(device), data_parallel, tensor_parallel)
     with jax.enable_x64(precision == "float64"):
         structure = decoder_structure(shape, precision, gradient_checkpointing)
         source: Iterable[tuple[str, Any]] = _folder(Path(weights), shape) if weights else initial(
@@ -36,10 +39,10 @@ def decoder_learner(request: LoadRequest, shape: Shape, *, weights: str, device:
 
 
 def user_learner(request: LoadRequest, file: str, *, weights: str, device: Device, precision: Precision,
-                 head_chunk: int) -> JaxLearner:
+                 head_chunk: int, data_parallel: int) -> JaxLearner:
     """The learner of the module that `file` builds, with the weights and heads of the folder `weights`, where one is
     named. Raises `ConfigError` where something does not fit."""
-    placement = OneDevice(device_of(device))
+    placement = placement_on(device_of(device), data_parallel, 1)
     with jax.enable_x64(precision == "float64"):
         structure, params = user_model(file, request.vocab_size, request.seed, PARAMETER_DTYPE[precision])
         if weights:
