@@ -51,6 +51,7 @@ def test_every_matrix_is_cut_and_every_vector_of_hidden_size_is_whole() -> None:
         assert cut == (x.ndim == 2 or x.shape != (LLAMA.hidden_size,)), name
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one() -> None:
     """In a process of its own: how many devices a CPU shows is decided when JAX begins."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
