@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from posttrain.data import FINISH, Prompt, Rollouts, Sampling
 from posttrain.errors import ConfigError
+from posttrain.protocols import LoadRequest, Output
 from posttrain.tokenizers import Characters
 
 jax = pytest.importorskip("jax")
@@ -24,6 +26,7 @@ from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.decoder import Decoder as TorchDecoder
 from posttrain_backends.engines import Batched
 from posttrain_backends.families.shape import Shape
+from posttrain_backends.flax import Flax
 
 torch.set_num_threads(1)
 ALL = Batched()
@@ -150,7 +153,7 @@ def test_a_copy_keeps_its_weights_until_it_is_given_others() -> None:
     after = copy.rollout(PROMPTS, sampling, (1,))
     same(after, sampler(LLAMA, seed=1).rollout(PROMPTS, sampling, (1,)))
     assert not np.array_equal(before.tokens, after.tokens) and set(after.policy_version.tolist()) == {4}
-    with pytest.raises(ConfigError, match=r"model.norm.weight is missing"):
+    with pytest.raises(ConfigError, match=r"model.norm.weight"):
         copy.sync(((name, x) for name, x in other.items() if name != "model.norm.weight"), 5)
 
 
@@ -176,6 +179,36 @@ def test_where_memory_runs_out_half_of_the_rows_are_drawn(monkeypatch: pytest.Mo
 def test_quantised_weights_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"rollout.engine.quantize: int8_dynamic"):
         sampler(LLAMA, Batched(quantize="int8_dynamic"))
+
+
+OWN = """
+import jax.numpy as jnp
+from flax import nnx
+
+class Own(nnx.Module):
+    'The mean of the embeddings so far, and where it ends.'
+    def __init__(self, vocab_size, rngs):
+        self.embed, self.place = nnx.Embed(vocab_size, 8, rngs=rngs), nnx.Embed(64, 8, rngs=rngs)
+        self.lm_head = nnx.Linear(8, vocab_size, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens, positions):
+        x = jnp.cumsum(self.embed(tokens), axis=1) / (positions[..., None] + 1)
+        return 4 * jnp.tanh(x + self.embed(tokens) + self.place(positions))
+
+def build(vocab_size, rngs):
+    return Own(vocab_size, rngs)
+"""
+
+
+@pytest.mark.parametrize("engine", [ALL, Batched(slots=3)], ids=["all", "slots"])
+def test_a_module_of_the_users_own_reads_every_text_anew(engine: Batched, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    learner = Flax(file=f"{tmp_path / 'own.py'}:build", device="cpu").load(LoadRequest(V, seed=3))
+    for prompts in (PROMPTS, GROUPED):
+        found = engine.start(learner, TOKENIZER, shared=True).rollout(prompts, Sampling(max_new_tokens=6), (1,))
+        want = learner.score(found, frozenset({Output.LOGPROBS}), 1.0).logprobs
+        np.testing.assert_allclose(found.behavior_logprobs, want, rtol=0, atol=2e-5)
+        assert len(set(found.completions)) > 3
 
 
 def test_bfloat16_rows_say_what_the_model_says() -> None:

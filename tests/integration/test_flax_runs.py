@@ -45,7 +45,7 @@ def test_torch_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     """And the other way round: a folder of weights is nobody's own."""
     posttrain.train(settings(tmp_path / "first", steps=2), output="quiet")
     saved = {"weights": str(tmp_path / "first" / "policy"), "device": "cpu"}
-    posttrain.train(config(tmp_path / "torch", policy={"use": "torch", **saved}, steps=2), output="quiet")
+    posttrain.train(settings(tmp_path / "torch", steps=2) | {"policy": {"use": "torch", **saved}}, output="quiet")
     saved = {"weights": str(tmp_path / "torch" / "policy"), "device": "cpu"}
     posttrain.train(settings(tmp_path / "last", steps=2) | {"policy": {"use": "flax", **saved}}, output="quiet")
     assert len(metrics(tmp_path / "last")) == 2

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True)
 class Flax:
-    """A decoder-only transformer without experts (Llama, Qwen2, Qwen3, SmolLM), trained with JAX.
+    """A decoder-only transformer without experts (Llama, Qwen2, Qwen3, SmolLM), or your own module (`file`), trained
+    with JAX.
 
     A folder of `weights` may be any that `policy.use=torch` reads, but for mixtures of experts; what is saved loads
     there and in transformers. A new model begins with the weights that torch gives it for the same seed.
@@ -58,6 +59,9 @@ class Flax:
     weights: str = field(default="", metadata={"path": True})
     """A folder written by a run, or a Hugging Face folder of one of the families with safetensors. Family and sizes
     then come from its `config.json`."""
+    file: str = field(default="", metadata={"path": True})
+    """`model.py:build`: your own module, `build(vocab_size, rngs) -> flax.nnx.Module`, with `__call__(tokens[S, T],
+    positions[S, T]) -> hidden [S, T, H]` and `lm_head`. Sizes above do not apply to it."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """`auto` takes what JAX finds best."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
@@ -66,6 +70,11 @@ class Flax:
     """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
     head_chunk: int = 0
     """At most so many rows of logits exist at a time, rounded down to a power of two; 0 chooses by vocabulary."""
+    data_parallel: int = 1
+    """Devices over which the rows of a batch are spread, each with all it needs of the weights."""
+    tensor_parallel: int = 1
+    """Devices over which each matrix is spread; must divide the heads, the key and value heads, the MLP's width and the
+    vocabulary. A model takes `data_parallel` times `tensor_parallel` devices."""
     adapter: Lora | None = None
     """Not there yet: refused."""
     quantize: Quantizer | None = None
@@ -73,9 +82,18 @@ class Flax:
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        if self.data_parallel < 1 or self.tensor_parallel < 1:
+            raise ValueError(f"data_parallel and tensor_parallel must be at least 1, got {self.data_parallel} and "
+                             f"{self.tensor_parallel}")
         if self.family in ("qwen2_moe", "qwen3_moe"):
             raise ValueError(f"family {self.family} has experts, which the flax backend does not compute yet: use "
                              "policy.use=moe")
+        if self.file and (self.gradient_checkpointing or self.precision == "bf16"):
+            raise ValueError("gradient_checkpointing and precision bf16 are for the native transformer; a module from "
+                             "`file` uses jax.checkpoint and bfloat16 itself")
+        if self.file and self.tensor_parallel > 1:
+            raise ValueError("tensor_parallel is for the native transformer, whose matrices are known by name; a "
+                             "module from `file` can have data_parallel")
         if self.adapter is not None:
             raise ValueError("adapter: the flax backend has no low-rank adapters yet; leave it out, or use "
                              "policy.use=hf")
@@ -95,12 +113,23 @@ class Flax:
     def load(self, request: LoadRequest) -> JaxLearner:
         """The model with its weights, its heads and its optimiser. Raises `ConfigError`, `PluginError`."""
         require("backend 'flax'", "flax", "jax", "optax", extra="flax")
+        if self.file:
+            return self._user_learner(request)
         shape = self._shape(request.vocab_size)
         from posttrain_backends._jax.native import decoder_learner
 
         return decoder_learner(
             request, shape, weights=self.weights, device=self.device, precision=self.precision,
-            gradient_checkpointing=self.gradient_checkpointing, head_chunk=self.head_chunk)
+            gradient_checkpointing=self.gradient_checkpointing, head_chunk=self.head_chunk,
+            data_parallel=self.data_parallel, tensor_parallel=self.tensor_parallel)
+
+    def _user_learner(self, request: LoadRequest) -> JaxLearner:
+        if not request.vocab_size:
+            raise ConfigError(["policy.file needs a tokenizer with a vocabulary, to build its embedding"])
+        from posttrain_backends._jax.native import user_learner
+
+        return user_learner(request, self.file, weights=self.weights, device=self.device, precision=self.precision,
+                            head_chunk=self.head_chunk, data_parallel=self.data_parallel)
 
     @property
     def formats(self) -> tuple[str, ...]:

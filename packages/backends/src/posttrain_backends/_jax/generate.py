@@ -17,12 +17,13 @@ from typing import final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from posttrain.data import Array, Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
+from posttrain.data import Array, Metric, Metrics, Prompt, Rollouts, Sampling
 from posttrain.errors import ConfigError, MemoryExhausted
 from posttrain.protocols import Tokenizer
 
 from posttrain_backends._jax.buckets import power_of_two
 from posttrain_backends._jax.decoder import multiplied
+from posttrain_backends._jax.loading import fitted
 from posttrain_backends._jax.memory import translating_memory_errors
 from posttrain_backends._jax.model import Params, Structure
 from posttrain_backends._jax.pasts import Keys, Past, Place, begun, empty, extended, read
@@ -286,7 +287,7 @@ class JaxSampler:
         self._own = None if shared else {name: jnp.copy(x) for name, x in weights().items()}
         self._weights = weights
         self._vocab_size = len(jax.eval_shape(lambda params: structure.bound(params).output_weight, structure.shapes))
-        self._max_positions = structure.bound(dict(structure.shapes)).max_positions
+        self._max_positions = structure.bound(structure.shapes).max_positions
         self.usage: Usage | None = None
         """The work of the last rollout."""
 
@@ -294,7 +295,9 @@ class JaxSampler:
         """Take the weights `params` (a shared model has them already) and number them `version`. Raises `ConfigError`
         where names or shapes are not the model's."""
         if self._own is not None:
-            self._own = taken(params, self._own)
+            own = self._own
+            self._own = fitted(params, own, lambda name, x: jax.device_put(x, own[name].sharding),
+                               "the weights given to the sampler")
         self._version = version
 
     def rollout(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]) -> Rollouts:
@@ -344,15 +347,3 @@ class JaxSampler:
             answers = drawing.run()
         self.usage = Usage(room, len(set(encoded)), drawing.steps, sum(len(a.tokens) for a in answers))
         return answers
-
-
-def taken(params: Iterable[tuple[str, Array]], own: Params) -> dict[str, jax.Array]:
-    """Copies of the given weights, of any framework, in the types and on the devices of `own`. Raises `ConfigError`
-    where names or shapes are others."""
-    given = {name: to_numpy(x) for name, x in params}
-    problems = [f"{name} is {'missing' if name not in given else f'of shape {given[name].shape}'}"
-                for name, x in own.items() if name not in given or given[name].shape != x.shape]
-    problems += [f"{name} is no weight of the model" for name in given if name not in own]
-    if problems:
-        raise ConfigError(problems[:5], title="the weights given to the sampler do not fit its model:")
-    return {name: jax.device_put(np.array(given[name]).astype(x.dtype), x.sharding) for name, x in own.items()}

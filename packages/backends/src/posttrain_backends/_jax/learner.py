@@ -21,7 +21,7 @@ from posttrain.comm import Comm, SingleProcess
 from posttrain.data import Array, Metric, Metrics, MicroBatch, Rollouts, TokenOutputs, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.loss import SHARED
-from posttrain.protocols import Objective, Optimization, Output, Scorer
+from posttrain.protocols import Objective, Optimization, Output, Sampler, Scorer, Tokenizer
 
 from posttrain_backends._jax.buckets import columns, rectangle
 from posttrain_backends._jax.compiled import ACCUMULATED, MIXED, READ, SCORED, Compiled, Forward, slots_of
@@ -30,6 +30,7 @@ from posttrain_backends._jax.memory import translating_memory_errors
 from posttrain_backends._jax.model import Params, Structure
 from posttrain_backends._jax.optimizer import NamedAdamW, norm_of
 from posttrain_backends._jax.placement import Placement
+from posttrain_backends.engines import Batched
 from posttrain_backends.families.files import HEAD_FILES
 from posttrain_backends.learning import (
     AT_THE_END,
@@ -64,10 +65,10 @@ class JaxLearner:
         self._dtype = np.dtype(np.float64 if self._exact else np.float32)
         self._forward = Forward(structure, head_rows)
         with self.scope():
-            model = jax.eval_shape(lambda p: structure.bound(p).output_weight, dict(structure.shapes))
-            self.vocab_size, self._width = model.shape
-            bound = structure.bound(structure.shapes)
-            self.max_positions, self.compute_dtype = bound.max_positions, bound.compute_dtype
+            traits: dict[str, Any] = {}
+            self.vocab_size, self._width = jax.eval_shape(
+                partial(_looked_at, structure, traits), structure.shapes).shape
+            self.max_positions, self.compute_dtype = traits["max_positions"], traits["compute_dtype"]
             self._params = {**{name: placement.weight(name, x) for name, x in params.items()},
                             **self._zero_head("value_head", value_heads),
                             **self._zero_head("action_value_head", action_value_heads * self.vocab_size)}
@@ -134,6 +135,12 @@ class JaxLearner:
         made = rectangle(tokens, offsets, source, ends, max_positions=self.max_positions, rows=self.placement.rows)
         return {name: self.placement.sequences(x) if name == "tokens" else self.placement.column(x)
                 for name, x in made.arrays().items()}
+
+    def sampler(self, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> Sampler:
+        """What draws from this model; see `posttrain_backends.engines.Decoding`."""
+        from posttrain_backends._jax.generate import JaxSampler
+
+        return JaxSampler(self.structure, self._trunk, self._version, tokenizer, engine, shared=shared)
 
     # ---- the model that it is compared with
 
@@ -230,8 +237,8 @@ class JaxLearner:
 
     def apply(self, weights: Mapping[str, float] | None = None) -> Metrics:
         """Mix the slots (`shared` counts once where it is not named), clip, step. Raises `Diverged` after more than
-        `max_bad_steps` consecutive steps whose gradient is not finite. Metric `compilations`: how many functions were
-        compiled since the step before."""
+        `max_bad_steps` consecutive steps whose gradient is not finite. Metric `timing/compilations`: how many
+        functions were compiled since the step before."""
         optimizer = self._trained()
         with self.scope():
             if not self._sums:
@@ -246,7 +253,7 @@ class JaxLearner:
                 self._version += 1
         fresh, self._compilations = self._compilations, 0
         metrics = Metrics({"lr": Metric(lr, reduction="last"), "skipped": Metric(float(not finite), reduction="sum"),
-                           "compilations": Metric(float(fresh), reduction="sum"),
+                           "timing/compilations": Metric(float(fresh), reduction="sum"),
                            **({"grad_norm": Metric(norm)} if finite else {})})
         self._bad_steps = 0 if finite else self._bad_steps + 1
         self.discard()
@@ -332,3 +339,10 @@ class JaxLearner:
 
     def _put_head(self, head: str, name: str, x: Any) -> jax.Array:
         return self.placement.weight(f"{head}.{name}", x)
+
+
+def _looked_at(structure: Structure, traits: dict[str, Any], params: Params) -> jax.Array:
+    """The output matrix; puts what else is asked of the model itself into `traits`."""
+    model = structure.bound(params)
+    traits |= {"max_positions": model.max_positions, "compute_dtype": model.compute_dtype}
+    return model.output_weight

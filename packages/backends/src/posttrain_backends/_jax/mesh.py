@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from posttrain.errors import ConfigError
 
+from posttrain_backends._jax.placement import OneDevice, Placement
 from posttrain_backends.families.shape import Shape
 
 _BY_ROWS = re.compile(r"\.(q_proj|k_proj|v_proj|gate_proj|up_proj|embed_tokens)\.|^lm_head\.")
@@ -60,6 +61,13 @@ def spec_of(name: str) -> P:
     if _BY_ROWS.search(name):
         return _ROWS
     return _COLUMNS if _BY_COLUMNS.search(name) else _WHOLE
+
+
+def placement_on(first: jax.Device, data: int, tensor: int) -> Placement:
+    """`data` x `tensor` devices of the kind of `first`, or that alone. Raises `ConfigError` where there are fewer."""
+    if data == tensor == 1:
+        return OneDevice(first)
+    return OnMesh(mesh_of(jax.devices(first.platform), data, tensor))
 
 
 def mesh_of(devices: Sequence[jax.Device], data: int, tensor: int) -> Mesh:

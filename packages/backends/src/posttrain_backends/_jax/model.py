@@ -30,8 +30,8 @@ class JaxModel(Protocol):
         ...
 
     @property
-    def max_positions(self) -> int:
-        """Tokens of the longest sequence."""
+    def max_positions(self) -> int | None:
+        """Tokens of the longest sequence; None where any is read."""
         ...
 
     def hidden(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -55,16 +55,26 @@ class Structure:
     paths: Mapping[str, tuple[Any, ...]]
     """By name, the attributes that lead to each parameter."""
     shapes: Mapping[str, jax.ShapeDtypeStruct]
+    read: Callable[[Any], JaxModel]
+    """From the module to what a learner asks of it, where it is not that itself."""
 
     @classmethod
     def of(cls, make: Callable[[], nnx.Module]) -> Structure:
-        """Of the module that `make` makes; nothing is allocated."""
-        graph, state = nnx.split(nnx.eval_shape(make))
+        """Of the module that `make` makes, which is a `JaxModel`; nothing is allocated."""
+        return cls.taken(nnx.eval_shape(make))[0]
+
+    @classmethod
+    def taken(cls, module: nnx.Module,
+              read: Callable[[Any], JaxModel] = lambda module: module) -> tuple[Structure, Params]:
+        """A module in its two halves."""
+        graph, state = nnx.split(module)
         found = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-        return cls(graph, {name: path for name, (path, _) in found.items()},
-                   {name: x.get_value() for name, (_, x) in found.items()})
+        values = {name: x.get_value() for name, (_, x) in found.items()}
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()}
+        paths = {name: path for name, (path, _) in found.items()}
+        return cls(graph, paths, shapes, read), values
 
     def bound(self, params: Mapping[str, Any]) -> Any:
         """The module with these parameters, which may be tracers or mere shapes."""
-        return nnx.merge(self.graph, nnx.from_flat_state(
-            [(path, nnx.Param(params[name])) for name, path in self.paths.items()]))
+        return self.read(nnx.merge(self.graph, nnx.from_flat_state(
+            [(path, nnx.Param(params[name])) for name, path in self.paths.items()])))

@@ -6,21 +6,19 @@ its `lm_head` is a `torch.nn.Linear` without bias. What it returns is probed onc
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast, final
 
 import torch
-from posttrain.errors import ConfigError, Problem, did_you_mean
-from posttrain.registry import import_file
 from torch import Tensor, nn
 
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.models.files import copy_named, read_weights, write_model
 from posttrain_backends._torch.models.interface import COMPUTE_DTYPE, PARAMETER_DTYPE, Precision, autocast_to
 from posttrain_backends._torch.models.projections import plain_state
+from posttrain_backends.user_file import built, misfit
 
 CONTRACT = ("build(vocab_size) returns a torch.nn.Module with forward(tokens[S, T], positions[S, T]) -> "
             "hidden [S, T, H] and lm_head = torch.nn.Linear(H, vocab_size, bias=False)")
@@ -85,45 +83,18 @@ class UserModel:
 
 def load_user_model(file: str, vocab_size: int, *, seed: int, precision: Precision, device: torch.device) -> UserModel:
     """The module that `path.py:name` builds, probed; raises `ConfigError` where it does not fit."""
-    build = _builder(file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            module = build(vocab_size)
-        except Exception as error:  # as above: the user's own code
-            raise _raised(file, error) from error
+        module = built(file, vocab_size)
     head = getattr(module, "lm_head", None)
     if not isinstance(module, nn.Module) or not isinstance(head, nn.Linear):
-        raise _misfit(file, f"returned {type(module).__name__} with lm_head {type(head).__name__}")
+        raise misfit(file, f"returned {type(module).__name__} with lm_head {type(head).__name__}", CONTRACT)
     if (biased := "bias" in head.state_dict()) or head.out_features != vocab_size:
-        raise _misfit(file, f"made an lm_head of {head.out_features} tokens{' with a bias' * biased}, expected "
-                            f"{vocab_size} without a bias")
+        raise misfit(file, f"made an lm_head of {head.out_features} tokens{' with a bias' * biased}, expected "
+                           f"{vocab_size} without a bias", CONTRACT)
     model = UserModel(module, file, precision, device)
     _probe(model, file, vocab_size, head.in_features)
     return model
-
-
-def _builder(file: str) -> Callable[[int], object]:
-    """The function `name` of `path.py:name`."""
-    path, _, name = file.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise ConfigError([f"policy.file: {file!r} is not FILE.py:NAME of an existing file"])
-    try:
-        names = vars(import_file(Path(path)))
-    except Exception as error:  # the user's own code may raise anything
-        raise _raised(file, error) from error
-    if not callable(found := names.get(name)):
-        raise ConfigError([f"policy.file: {path} has no function {name!r}{did_you_mean(name, names)}"])
-    return cast(Callable[[int], object], found)
-
-
-def _raised(file: str, error: Exception) -> ConfigError:
-    """What the user's file raised, with its line."""
-    own = file.rpartition(":")[0]
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
-    lines += [error.lineno] if isinstance(error, SyntaxError) else []
-    where = f"{own}:{lines[-1]}" if lines else own
-    return ConfigError([Problem(f"policy.file: {file} raised {type(error).__name__}: {error}", where)])
 
 
 @torch.no_grad()
@@ -136,12 +107,8 @@ def _probe(model: UserModel, file: str, vocab_size: int, width: int) -> None:
     try:
         first, second = model.hidden(tokens, layout), model.hidden(other, layout)
     except (TypeError, RuntimeError, IndexError) as error:
-        raise _misfit(file, f"failed on two short sequences: {error}") from error
+        raise misfit(file, f"failed on two short sequences: {error}", CONTRACT) from error
     if first.shape != (6, width):
-        raise _misfit(file, f"gave hidden states of width {tuple(first.shape[1:])}, lm_head takes {width}")
+        raise misfit(file, f"gave hidden states of width {tuple(first.shape[1:])}, lm_head takes {width}", CONTRACT)
     if not torch.allclose(first[:3], second[:3], atol=1e-5) or not torch.allclose(first[4:], second[4:], atol=1e-5):
-        raise _misfit(file, "is not causal: a later token changed an earlier hidden state")
-
-
-def _misfit(file: str, what: str) -> ConfigError:
-    return ConfigError([f"the module of {file} {what}"], next_step=f"Expected: {CONTRACT}.")
+        raise misfit(file, "is not causal: a later token changed an earlier hidden state", CONTRACT)
