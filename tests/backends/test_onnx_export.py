@@ -20,6 +20,7 @@ from posttrain.errors import ConfigError, PluginError
 from posttrain.protocols import Backend, Exported, Exporting
 from posttrain_backends import installed
 from posttrain_backends._onnx import export as exporter
+from posttrain_backends.flax import Flax
 from posttrain_backends.hf import HF
 from posttrain_backends.torch_native import Torch
 from safetensors.torch import load_file, save_file
@@ -140,8 +141,6 @@ def test_it_says_how_far_it_is_and_how_it_is_used(folder, tmp_path):
 
 def test_what_a_learner_in_jax_saved_is_compared_in_jax(folder, exported, tmp_path):
     pytest.importorskip("flax")
-    from posttrain_backends.flax import Flax
-
     said = export(folder("qwen3"), tmp_path / "out", Flax(weights=str(folder("qwen3")), device="cpu"))
     assert "differ from those of 'jax' by at most" in said.compared
     for file in ("model.onnx", "model.onnx_data"):
@@ -189,6 +188,7 @@ def test_other_architectures_are_refused_by_name(kind, traits, said, tmp_path):
 
 @pytest.mark.parametrize(("backend", "said"), [
     (Torch(file="model.py:build"), "policy.file is code of its own"),
+    (Flax(file="model.py:build"), "policy.file is code of its own"),
     (HF(weights="x", quantize="nf4"), r"the saved weights are rounded \(nf4\)")])
 def test_what_is_no_plain_model_is_refused_by_name(backend, said, tmp_path):
     with pytest.raises(ConfigError, match=said):

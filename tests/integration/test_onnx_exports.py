@@ -83,6 +83,18 @@ def test_what_stands_beside_the_graph(run: Path) -> None:
     assert "by at most" in card
 
 
+def test_a_policy_in_jax_is_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compared with JAX, and equal to what torch reads of the run's own folder."""
+    pytest.importorskip("flax")
+    given = small.config(tmp_path / "run", steps=4, evaluate={"every": 0})
+    posttrain.train({**given, "policy": {**given["policy"], "use": "flax"}}, output="quiet")
+    folder = tmp_path / "out"
+    assert called(capsys, "export", str(tmp_path / "run"), "--format", "onnx", "-o", str(folder))[0] == 0
+    assert "differ from those of 'jax' by at most" in (folder / "README.md").read_text()
+    rows, expected = of_the_run(tmp_path / "run")
+    np.testing.assert_allclose(logprobs(folder, rows), expected, rtol=0, atol=1e-4)
+
+
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

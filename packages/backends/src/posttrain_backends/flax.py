@@ -137,7 +137,9 @@ class Flax:
         return exports.FORMATS
 
     def export(self, form: str, saved: Path, folder: Path) -> Exported:
-        """See `posttrain.protocols.Exporting`."""
+        """See `posttrain.protocols.Exporting`; a module of the user's is refused."""
+        if self.file:
+            raise exports.refuse("policy.file is code of its own", "leave --format out")
         return exports.write(form, saved, folder, Flax(weights=str(saved), device="cpu"))
 
     def _shape(self, vocab_size: int) -> Shape:
