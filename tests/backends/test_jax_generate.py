@@ -141,8 +141,24 @@ def test_the_share_of_busy_rows_is_told() -> None:
     started = sampler(LLAMA, Batched(slots=4))
     found = started.rollout(PROMPTS, Sampling(max_new_tokens=7), (5,))
     assert started.usage is not None
-    share = len(found.source) / (4 * started.usage.steps)
+    assert started.usage.places % 4 == 0
+    share = len(found.source) / started.usage.places
     assert started.metrics().values_by_name() == {"busy": pytest.approx(share)} and 0.5 < share <= 1
+
+
+@pytest.mark.parametrize("engine", [ALL, Batched(slots=5)], ids=["all", "slots"])
+@pytest.mark.parametrize("prompts", [PROMPTS, GROUPED], ids=["mixed", "grouped"])
+def test_where_most_rows_have_ended_the_others_go_on_in_fewer(
+        engine: Batched, prompts: Sequence[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling, whole = Sampling(max_new_tokens=24), sampler(LLAMA, engine)
+    want, sizes, compiled = whole.rollout(prompts, sampling, (4,)), [], generate._kept
+    monkeypatch.setattr(generate, "_FEWEST", 1)
+    monkeypatch.setattr(generate, "_kept", lambda past, rows, places: (
+        sizes.append(len(rows)), compiled(past, rows, places))[1])
+    fewer = sampler(LLAMA, engine)
+    same(fewer.rollout(prompts, sampling, (4,)), want)
+    assert sizes[0] == (1 if engine.slots else 4)  # of 5 rows and of 16
+    assert fewer.usage is not None and whole.usage is not None and fewer.usage.places < whole.usage.places
 
 
 def test_a_copy_keeps_its_weights_until_it_is_given_others() -> None:

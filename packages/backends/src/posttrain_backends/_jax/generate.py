@@ -26,7 +26,7 @@ from posttrain_backends._jax.decoder import multiplied
 from posttrain_backends._jax.loading import fitted
 from posttrain_backends._jax.memory import translating_memory_errors
 from posttrain_backends._jax.model import Params, Structure
-from posttrain_backends._jax.pasts import Keys, Past, Place, begun, empty, extended, read
+from posttrain_backends._jax.pasts import Keys, Past, Place, begun, empty, extended, kept, read
 from posttrain_backends._jax.sampling import sample
 from posttrain_backends.engines import (
     BUDGET,
@@ -42,6 +42,9 @@ from posttrain_backends.engines import (
 
 _BETWEEN_LOOKS = 8
 """Steps after which the host looks for stop strings, where there are some; what was drawn behind one is cut."""
+_SHRINK, _FEWEST = 4, 8
+"""Where no episode waits, a rollout goes on in a quarter of its rows when the others have ended, and in no fewer than
+these: below, a step costs what reading the weights does. Each number of rows is compiled once."""
 
 
 @final
@@ -70,8 +73,9 @@ class Room:
         uses, longest = Counter(prompts), power_of_two(max(map(len, prompts)) - 1)
         group, places = next(iter(uses.values())), power_of_two(len(uses))
         grouped = list(prompts) == [ids for ids in uses for _ in range(group)]
-        if group > 1 and grouped and places * group <= rows and places * (longest + group * new) <= (cells or np.inf):
-            return cls(places * group, group, longest, new)
+        room = cls(places * group, group, longest, new)
+        if group > 1 and grouped and room.rows <= rows and room.cells <= (cells or np.inf):
+            return room
         held = max(1, cells // (longest + new)) if cells else rows
         return cls(min(rows, held, power_of_two(len(prompts))), 1, longest, new)
 
@@ -79,6 +83,21 @@ class Room:
     def places(self) -> int:
         """Prompts that are held at one time."""
         return self.rows // self.group
+
+    @property
+    def cells(self) -> int:
+        """Tokens that are remembered."""
+        return self.places * self.longest + self.rows * self.new
+
+    @property
+    def smaller(self) -> Room | None:
+        """The room to go on in when most rows have ended, each behind a copy of its prompt; None where it does not pay.
+
+        >>> Room(rows=32, group=8, longest=16, new=64).smaller, Room(rows=16, group=8, longest=16, new=64).smaller
+        (Room(rows=8, group=1, longest=16, new=64), None)
+        """
+        room = Room(self.rows // _SHRINK, 1, self.longest, self.new)
+        return room if room.rows >= _FEWEST and room.cells < self.cells else None
 
 
 @final
@@ -124,6 +143,9 @@ def _read(structure: Structure, params: Params, tokens: Array) -> Keys | jax.Arr
 @partial(jax.jit, donate_argnames="past")
 def _begun(past: Past, prompts: Keys | jax.Array, which: Array) -> Past:
     return begun(past, prompts, which)
+
+
+_kept = jax.jit(kept)
 
 
 @partial(jax.jit, static_argnames=("structure", "sampling", "eos"), donate_argnames="past")
@@ -200,23 +222,41 @@ class Drawing:
                                   partial(_read, structure, params))
         plain = replace(sampling, stop=(), max_new_tokens=1)  # what the loop is compiled for
         self._draw = partial(_drawn, structure, params, sampling=plain, eos=eos)
+        self.places = self._next = self._clock = 0
+        """Rows that were computed so far, summed over steps."""
         self._past = _empty(structure, params, room)
         self._rows = Rows.free(room.rows, room.new)
         self._episode = np.full(room.rows, -1)
-        self._next = self.steps = 0
         self._answers: dict[int, Answer] = {}
 
     def run(self) -> list[Answer]:
         """The answers, in the order of the queue."""
         while self._refill():
-            before, waiting = self._rows, self._next < len(self._encoded)
-            most = _BETWEEN_LOOKS if self._stops.strings else self._room.new
+            before, most = self._rows, _BETWEEN_LOOKS if self._stops.strings else self._room.new
             self._past, rows, clock = self._draw(
-                self._past, before, np.int32(self.steps), until=np.int32(before.running.sum() - 1 if waiting else 0),
-                most=np.int32(most))
-            self._rows, self.steps = jax.tree.map(np.array, rows), int(clock)
+                self._past, before, np.int32(self._clock), until=np.int32(self._until()), most=np.int32(most))
+            self.places += self._room.rows * (int(clock) - self._clock)
+            self._rows, self._clock = jax.tree.map(np.array, rows), int(clock)
             self._collect(before.count)
+            self._shrink()
         return [self._answers[e] for e in range(len(self._encoded))]
+
+    def _until(self) -> int:
+        """How many rows may go on when the host takes over."""
+        if self._next < len(self._encoded):
+            return int(self._rows.running.sum()) - 1
+        return 0 if self._room.smaller is None else self._room.smaller.rows
+
+    def _shrink(self) -> None:
+        """Go on in fewer rows, where no episode waits and these are enough."""
+        rows, smaller = np.flatnonzero(self._episode >= 0), self._room.smaller
+        if self._next < len(self._encoded) or smaller is None or not 0 < len(rows) <= smaller.rows:
+            return
+        source = np.pad(rows, (0, smaller.rows - len(rows)))
+        self._past = _kept(self._past, source, source // self._room.group)
+        self._rows, self._episode = jax.tree.map(lambda x: x[source], self._rows), self._episode[source]
+        self._rows.running[len(rows):], self._episode[len(rows):] = False, -1
+        self._room = smaller
 
     def _refill(self) -> bool:
         """Begin waiting episodes behind the free prompts' places -> whether any row is drawing."""
@@ -265,7 +305,8 @@ class Usage:
     room: Room
     prompts: int
     """Distinct prompts, each read once."""
-    steps: int
+    places: int
+    """Rows that were computed, summed over steps."""
     drawn: int
     """Tokens of all answers."""
 
@@ -312,7 +353,7 @@ class JaxSampler:
         """`busy`, the share of rows x steps that drew a token which stays."""
         if self.usage is None:
             return Metrics()
-        return Metrics(busy=Metric(self.usage.drawn, self.usage.room.rows * self.usage.steps))
+        return Metrics(busy=Metric(self.usage.drawn, self.usage.places))
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raise one `DataError` that names all prompts which cannot be encoded or do not fit the model."""
@@ -345,5 +386,5 @@ class JaxSampler:
             drawing = Drawing(self._structure, params, encoded, room, together, sampling, seed, self._tokenizer.eos,
                               stops)
             answers = drawing.run()
-        self.usage = Usage(room, len(set(encoded)), drawing.steps, sum(len(a.tokens) for a in answers))
+        self.usage = Usage(room, len(set(encoded)), drawing.places, sum(len(a.tokens) for a in answers))
         return answers

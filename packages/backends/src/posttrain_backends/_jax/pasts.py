@@ -7,16 +7,14 @@ others. Knows no sampling and no queue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar, final
+from dataclasses import dataclass, replace
+from typing import final
 
 import jax
 import jax.numpy as jnp
 
 from posttrain_backends._jax.decoder import Decoder
 from posttrain_backends._jax.model import JaxModel
-
-_T = TypeVar("_T")
 
 
 @final
@@ -100,14 +98,19 @@ def read(model: JaxModel, tokens: jax.Array) -> Keys | jax.Array:
     return Keys(*(tuple(layers) for layers in zip(*kept)))
 
 
-def begun(past: _T, prompts: Keys | jax.Array, which: jax.Array) -> _T:
+def begun(past: Past, prompts: Keys | jax.Array, which: jax.Array) -> Past:
     """The rows behind other prompts: place s gets number `which[s]` of `prompts`, and keeps its own where that is
     negative."""
     def placed(old: jax.Array, new: jax.Array) -> jax.Array:
         taken = jnp.expand_dims(which >= 0, tuple(range(1, old.ndim)))
         return jnp.where(taken, new[jnp.maximum(which, 0)], old)
-    replaced = jax.tree.map(placed, past.prompts, prompts)  # type: ignore[attr-defined]
-    return type(past)(replaced, past.answers)  # type: ignore[attr-defined,call-arg]
+    return replace(past, prompts=jax.tree.map(placed, past.prompts, prompts))
+
+
+def kept(past: Past, rows: jax.Array, prompts: jax.Array) -> Past:
+    """Some of the rows, each behind a copy of its prompt."""
+    return replace(past, prompts=jax.tree.map(lambda x: x[prompts], past.prompts),
+                   answers=jax.tree.map(lambda x: x[rows], past.answers))
 
 
 def extended(model: JaxModel, past: Past, tokens: jax.Array, place: Place) -> tuple[jax.Array, Past]:
