@@ -67,7 +67,7 @@ class Flax:
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """`bf16` multiplies matrices in bfloat16 and keeps weights, gradients and moments in float32."""
     gradient_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
+    """Keep only the layers' inputs for the backward pass: less memory, one more forward pass. XLA undoes it on CPUs."""
     head_chunk: int = 0
     """At most so many rows of logits exist at a time, rounded down to a power of two; 0 chooses by vocabulary."""
     data_parallel: int = 1
