@@ -42,6 +42,7 @@ FIELDS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("objective", "ppo"): {"clip_low": 0.2, "clip_high": 0.2},
     ("objective", "dr_grpo"): {"length": "${rollout.max_new_tokens}"},
     ("reward", "regex"): {"pattern": r"#### (\d+)", "answer_key": "answer", "which": "last"},
+    ("reward", "onnx"): {"weights": "path/to/folder"},
     ("reward", "reward_model"): {"weights": "path/to/folder"},
     ("task", "hub"): {"name": "openai/gsm8k", "config": "main", "prompt_key": "question"},
     ("task", "reasoning_gym"): {"names": ["chain_sum", "gcd"], "size": 1000},

@@ -60,6 +60,21 @@ def test_gradients_do_not_depend_on_checkpointing():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=name)
 
 
+def test_checkpointing_keeps_the_inputs_of_layers_alone():
+    """What the backward pass is given, beside the weights themselves. (Whether a compiler then keeps less is its own
+    affair: XLA's for CPUs does not.)"""
+    shape = Shape(**{**TINY, "num_hidden_layers": 6})
+    tokens, positions = np.zeros((8, 64), np.int32), np.broadcast_to(np.arange(64), (8, 64))
+
+    def kept(structure: Structure) -> int:
+        pullback = jax.eval_shape(lambda p: jax.vjp(lambda q: structure.bound(q).hidden(tokens, positions), p)[1],
+                                  dict(structure.shapes))
+        return sum(x.size for x in jax.tree.leaves(pullback)) - sum(x.size for x in structure.shapes.values())
+    plain, again = (kept(Structure.of(lambda x=x: Decoder(shape, gradient_checkpointing=x))) for x in (False, True))
+    hidden = 8 * 64 * 32
+    assert 6 * hidden <= again < 12 * hidden < 100 * hidden < plain
+
+
 def test_what_is_behind_the_end_of_a_row_changes_nothing():
     _, structure, params = pair(SHAPES["llama"])
     short = np.arange(6)[None]

@@ -99,6 +99,16 @@ def test_how_many_rows_are_decoded_and_where_weights_stand_changes_nothing(engin
     equal(drawn(learner, engine, sampling), drawn(learner, Batched(), sampling), atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, narrow heads, tied", "smollm3"])
+def test_long_prompts_of_many_lengths_are_padded_out_of_sight(name: str) -> None:
+    learner = policy(SHAPES[name])
+    prompts = [Prompt(text=("abcdefgh01" * 6)[:n], group=n) for n in (50, 7, 31, 50, 1, 26, 12) for _ in range(2)]
+    found = [engine.start(learner, TOKENIZER, shared=True).rollout(prompts, Sampling(max_new_tokens=14), (2,))
+             for engine in (OnnxEngine(), OnnxEngine(slots=3), Batched())]
+    equal(found[0], found[2], atol=2e-5)
+    equal(found[1], found[2], atol=2e-5)
+
+
 @pytest.mark.parametrize("weights", ["constants", "inputs"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_answers_equal_torchs_after_updates(weights: Any, shared: bool) -> None:
@@ -256,12 +266,19 @@ def request(**options: Any) -> LoadRequest:
 def test_policies_without_a_graph_are_refused_by_name_with_the_engine_that_draws_them(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(USER)
     small = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "device": "cpu"}
-    cases = ((Torch(family="qwen3_moe", experts=2, **small), "qwen3_moe with experts"),
+    cases = ((Torch(family="qwen3_moe", experts=2, **small), "qwen3_moe has experts"),
+             (Torch(**{**small, "heads": 8}), "head_dim is 4"),
              (SSM(hidden_size=8, layers=1, state_size=4, head_dim=8, device="cpu"), "Mamba2"),
              (Torch(file=f"{tmp_path}/model.py:build", device="cpu"), "UserModel"),
              (Torch(precision="bf16", **small), "bfloat16"))
     for backend, name in cases:
         refused(backend.load(request()), OnnxEngine(), rf"{name}(.|\n)*batched")
+
+
+@pytest.mark.needs("torchao")
+def test_a_policy_with_quantised_weights_is_refused() -> None:
+    backend = Torch(hidden_size=32, layers=1, heads=2, kv_heads=1, device="cpu", quantize="int8_weight_only")
+    refused(backend.load(request()), OnnxEngine(), r"weights are quantised(.|\n)*rollout\.engine\.quantize")
 
 
 USER = """
@@ -290,13 +307,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield path
 
 
-def test_a_policy_of_transformers_is_drawn_from_and_one_with_an_adapter_is_refused(folder: Path) -> None:
+def test_a_policy_of_transformers_is_drawn_from_and_other_families_and_adapters_are_refused(
+        folder: Path, tmp_path: Path) -> None:
+    import transformers
     from posttrain_backends.hf import HF, Lora
 
     learner = HF(weights=str(folder), device="cpu").load(request(optimization=TRAINING))
     updated(learner, 2)
     sampling = Sampling(max_new_tokens=12)
     equal(drawn(learner, OnnxEngine(), sampling), drawn(learner, Batched(), sampling))
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=TOKENIZER.vocab_size, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    refused(HF(weights=str(tmp_path / "gpt2"), device="cpu").load(request()), OnnxEngine(), r"'gpt2'(.|\n)*batched")
     pytest.importorskip("peft")
     refused(HF(weights=str(folder), device="cpu", adapter=Lora(rank=2)).load(request()), OnnxEngine(),
             r"adapter(.|\n)*batched")

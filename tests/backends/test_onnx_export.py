@@ -138,6 +138,16 @@ def test_it_says_how_far_it_is_and_how_it_is_used(folder, tmp_path):
     np.testing.assert_allclose(found["logits"], theirs, rtol=0, atol=1e-4)
 
 
+def test_what_a_learner_in_jax_saved_is_compared_in_jax(folder, exported, tmp_path):
+    pytest.importorskip("flax")
+    from posttrain_backends.flax import Flax
+
+    said = export(folder("qwen3"), tmp_path / "out", Flax(weights=str(folder("qwen3")), device="cpu"))
+    assert "differ from those of 'jax' by at most" in said.compared
+    for file in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / "out" / file).read_bytes() == (exported("qwen3") / file).read_bytes()
+
+
 def test_files_of_bfloat16_are_written_in_float32(folder, tmp_path):
     saved = tmp_path / "saved"
     saved.mkdir()

@@ -291,6 +291,7 @@ def test_recipe_is_no_kind_of_component() -> None:
 @pytest.mark.parametrize(("kind", "environ", "says"), [
     ("backend", {},
      ["no backend is installed",
+      "  flax: in posttrain-backends, which is not installed: pip install 'posttrain-backends[flax]'",
       "  hf: in posttrain-backends, which is not installed: pip install 'posttrain-backends[hf]'",
       "  moe, ssm, torch: in posttrain-backends, which is not installed: pip install 'posttrain-backends[torch]'"]),
     ("batching", {"POSTTRAIN_BLOCK": "posttrain-core"},

@@ -133,6 +133,6 @@ def test_onnx_is_trained_by_nobody(setting: Setting, key: str) -> None:
         setting.run("refused", [f"{key}={{use: onnx, weights: {setting.start}}}", "estimator=gae"])
     text = str(error.value)
     assert f"{key}.use: onnx has nothing to train with: ONNX Runtime gave training up" in text
-    for instead in ("reference: {use: onnx", "rollout.engine: onnx", "use: onnx_reward", "--format onnx"):
+    for instead in ("reference: {use: onnx", "rollout.engine: onnx", "a reward with use: onnx", "--format onnx"):
         assert instead in text
     assert not (setting.folder / "refused").exists()

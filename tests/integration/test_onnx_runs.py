@@ -74,7 +74,7 @@ def test_rewards_rise(tmp_path: Path) -> None:
     ({"policy": {"use": "ssm", "hidden_size": 16, "layers": 1, "state_size": 4, "head_dim": 8, "device": "cpu"}},
      r"Mamba2(.|\n)*rollout\.engine: batched"),
     ({"policy": {"use": "moe", "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "experts": 2,
-                 "device": "cpu"}}, r"qwen3_moe with experts(.|\n)*batched")], ids=["ssm", "moe"])
+                 "device": "cpu"}}, r"qwen3_moe has experts(.|\n)*batched")], ids=["ssm", "moe"])
 def test_a_policy_without_a_graph_is_refused_before_the_first_step(changes: Any, why: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=why):
         posttrain.train(small.config(tmp_path / "run", **rollout("onnx"), **changes), output="quiet")

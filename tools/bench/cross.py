@@ -1,9 +1,9 @@
 """The demo in other frameworks: trained by torch, by `policy.use=flax`, and by torch with `rollout.engine=onnx`.
 
 Each seed and arm: the warm start of `examples/addition`, then its RL; accuracy is greedy, on the 2,000 held-out
-problems. The frameworks draw other random numbers, so runs of equal seeds differ as those of other seeds do; what must
-agree are the losses from the same weights and the same rollouts, which `--losses` compares over 20 iterations of four
-optimiser steps each.
+problems. All draw from the same random numbers, so runs of equal seeds are alike until rounding decides an answer, and
+differ from then on as those of other seeds do; what must agree are the losses from the same weights and the same
+rollouts, which `--losses` compares over 20 iterations of four optimiser steps each.
 
 Prediction, written before the first measurement: medians within 3 points of torch; losses within 1e-5.
 

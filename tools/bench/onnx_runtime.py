@@ -1,10 +1,10 @@
 """Answers drawn in ONNX Runtime beside the engine `batched` and transformers' `generate`, with the same weights.
 
 1, 8 and 32 prompts of 8 tokens, 64 greedy tokens to each, by a Llama of 7.1 M parameters in float32; and what it takes
-to give each engine other weights. Greedy tokens are asserted equal to those of `generate` first, but for engines whose
-weights are rounded; gap is how far the log-probs that an engine records of drawn tokens are from the policy's, in the
-mean. Each candidate is a process of its own, on one thread, and candidates take turns; shown are medians over all calls
-of all rounds, in CPU seconds of the process.
+to give each engine other weights and draw a token from them. Greedy tokens are asserted equal to those of `generate`
+first, but for engines whose weights are rounded; gap is how far the log-probs that an engine records of drawn tokens
+are from the policy's, in the mean. Each candidate is a process of its own, on one thread, and candidates take turns;
+shown are medians over all calls of all rounds, in CPU seconds of the process.
 
     python tools/bench/onnx_runtime.py [--rounds 3] [--calls 5] [--candidates "onnx" "batched" ...]
 
@@ -81,7 +81,9 @@ class Ours:
             p.mul_(1 + 2**-20)
 
     def refresh(self) -> None:
+        """Take the policy's weights and draw one token: a session is made where it is first used."""
         self.sampler.sync(self.learner.params(), 1)
+        self.sampler.rollout([Prompt(tokens=(1,))], Sampling(max_new_tokens=1), (0,))
 
 
 def generate(model: Decoder) -> Answer:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 from posttrain.errors import ConfigError
-from posttrain.protocols import LoadRequest, Output
+from posttrain.protocols import Exported, LoadRequest, Output
 
+from posttrain_backends import exports
 from posttrain_backends.families.described import check_sizes, new_shape, shape_in
 from posttrain_backends.hf import Lora
 from posttrain_backends.installed import require
@@ -66,7 +67,7 @@ class Flax:
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """`bf16` multiplies matrices in bfloat16 and keeps weights, gradients and moments in float32."""
     gradient_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward pass: less memory, one more forward pass."""
+    """Keep only the layers' inputs for the backward pass: less memory, one more forward pass. XLA undoes it on CPUs."""
     head_chunk: int = 0
     """At most so many rows of logits exist at a time, rounded down to a power of two; 0 chooses by vocabulary."""
     data_parallel: int = 1
@@ -129,6 +130,15 @@ class Flax:
 
         return user_learner(request, self.file, weights=self.weights, device=self.device, precision=self.precision,
                             head_chunk=self.head_chunk, data_parallel=self.data_parallel)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """See `posttrain.protocols.Exporting`."""
+        return exports.FORMATS
+
+    def export(self, form: str, saved: Path, folder: Path) -> Exported:
+        """See `posttrain.protocols.Exporting`."""
+        return exports.write(form, saved, folder, Flax(weights=str(saved), device="cpu"))
 
     def _shape(self, vocab_size: int) -> Shape:
         """Sizes and traits of the decoder, from the folder of weights where there is one. Raises `ConfigError` for

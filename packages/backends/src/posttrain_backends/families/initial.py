@@ -43,7 +43,8 @@ def _drawn(name: str) -> tuple[int, int, int]:
 
 def normal(stream: np.random.RandomState, n: int) -> np.ndarray:
     """[n] of N(0, 1) in float32, as torch's `normal_` fills a float32 tensor on the host: Box and Muller 1958, in
-    blocks of 16; the last 16 are drawn anew where they are no whole block."""
+    blocks of 16; the last 16 are drawn anew where they are no whole block. Of an odd number below 16 torch keeps the
+    spare one for its next, which is not done here: the matrices of a model have an even number, as widths are even."""
     if n < _BLOCK:
         return np.concatenate([np.zeros(0), *(_pair(stream) for _ in range(-(-n // 2)))])[:n].astype(np.float32)
     u = _uniform(stream, n)
