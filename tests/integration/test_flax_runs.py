@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +52,30 @@ def test_torch_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     saved = {"weights": str(tmp_path / "torch" / "policy"), "device": "cpu"}
     posttrain.train(settings(tmp_path / "last", steps=2) | {"policy": {"use": "flax", **saved}}, output="quiet")
     assert len(metrics(tmp_path / "last")) == 2
+
+
+WITHOUT_TORCH = """
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+class Without(PathFinder):
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        absent = name.partition(".")[0] in ("torch", "transformers")
+        return None if absent else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+import posttrain
+from integration.test_flax_runs import settings
+posttrain.train(settings(Path(sys.argv[1]), steps=1), output="quiet")
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_run_needs_no_torch(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "run")], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(metrics(tmp_path / "run")) == 1

@@ -43,7 +43,7 @@ def components() -> Iterable[Component]:
         Component("tokenizer", "hf", "posttrain_backends.hf:HFTokenizer",
                   "the tokenizer of a model of Hugging Face transformers", extra="hf-tokenizer"),
         Component("engine", "batched", "posttrain_backends.engines:Batched",
-                  "own decoding loop on the policy's torch weights, finished rows refilled at once", extra="torch"),
+                  "own decoding loop on the policy's weights, in torch or JAX, finished rows refilled at once", extra="torch"),
         Component("engine", "onnx", "posttrain_backends.onnx_engine:OnnxEngine",
                   "decoding loop of a torch policy in ONNX Runtime on CPUs, also in 8 and 4 bits",
                   source="ONNX Runtime, onnxruntime.ai", extra="onnx"),
