@@ -57,6 +57,11 @@ class OnnxEngine:
             raise ValueError("quantize needs weights: constants, which alone can be packed in few bits")
 
     @property
+    def frameworks(self) -> frozenset[str]:
+        """See `posttrain.protocols.Selective`."""
+        return frozenset({"torch"})
+
+    @property
     def approximates(self) -> bool:
         """See `posttrain.protocols.Approximating`."""
         return self.quantize is not None
