@@ -257,7 +257,7 @@ def test_an_embedding_may_be_padded_but_not_be_of_another_tokenizer(tmp_path):
     ("llama", {"intermediate_size": None}, r"it does not say intermediate_size"),
 ])
 def test_another_model_is_refused_with_what_is_native_and_where_it_goes(name, changes, said, folder, tmp_path):
-    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*Use policy: {{use: hf, weights: {tmp_path}}} for it"):
+    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*Take {{use: hf, weights: {tmp_path}}} for it"):
         native(edited(folder(name), tmp_path, **changes))
 
 

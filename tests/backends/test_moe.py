@@ -160,7 +160,7 @@ def test_bf16_computes_near_float32_and_decodes_what_it_reads(name, folder):
 def test_another_mixture_is_refused(name, changes, said, folder, tmp_path):
     config = json.loads((folder(name) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*Use policy: {{use: hf"):
+    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*Take {{use: hf"):
         native(tmp_path)
 
 

@@ -83,7 +83,7 @@ def tokens() -> np.ndarray:
 
 
 def bound_to(graph: Any, model: Model) -> Bound:
-    return Bound(graph, Weights(model.weights.items(), decoder.weights_of([graph], model.shape), "the test"), 1)
+    return Bound(graph, Weights(model.weights.items(), decoder.weights_of([graph]), "the test"), 1)
 
 
 GRAPHS = {
@@ -104,7 +104,7 @@ def test_rows_of_uneven_length_decode_as_transformers_does(name, form, model):
     """A prompt of each row in one call, padded; then two tokens, one a call. Past and present are one buffer."""
     m, ids = model(name), tokens()
     shape, graph = m.shape, decoder.decoding(m.shape)
-    weights = Weights(m.weights.items(), decoder.weights_of([graph], shape), "the test")
+    weights = Weights(m.weights.items(), decoder.weights_of([graph]), "the test")
     session = packed(graph, weights, 1) if form == "packed" else \
         ort.InferenceSession(graph.SerializeToString(), options(1), providers=["CPUExecutionProvider"])
     io = session.io_binding()
@@ -179,7 +179,7 @@ def test_every_input_is_there_and_ends_in_the_result(name, model):
     graph = write(m.shape)
     session = ort.InferenceSession(graph.SerializeToString(), options(1), providers=["CPUExecutionProvider"])
     past = {n for pair in decoder.past_names(2) for n in pair} if name in ("decoding", "exported") else set()
-    assert {i.name for i in session.get_inputs()} == brought | past | decoder.weights_of([graph], m.shape).keys()
+    assert {i.name for i in session.get_inputs()} == brought | past | decoder.weights_of([graph]).keys()
     read = {n for node in graph.graph.node for n in node.input}
     assert {i.name for i in graph.graph.input} <= read
 
@@ -190,7 +190,7 @@ def test_every_parameter_keeps_its_name_and_each_is_refreshed(name, model):
     m = model(name)
     graph = decoder.decoding(m.shape)
     expected = {n: x.shape for n, x in m.weights.items()}
-    assert decoder.weights_of([graph], m.shape) == expected
+    assert decoder.weights_of([graph]) == expected
     assert not [t.name for t in graph.graph.initializer if t.name in expected]
     trunk = decoder.scoring(m.shape)
     weights = Weights(m.weights.items(), expected, "the test")
@@ -230,7 +230,7 @@ def test_threads_are_always_said(asked, of_the_process, found, monkeypatch):
 def test_sessions_have_the_threads_that_were_asked_for(model):
     m = model("qwen2")
     graph = decoder.decoding(m.shape)
-    weights = Weights(m.weights.items(), decoder.weights_of([graph], m.shape), "the test")
+    weights = Weights(m.weights.items(), decoder.weights_of([graph]), "the test")
     chosen = packed(graph, weights, 2).get_session_options()
     assert (chosen.intra_op_num_threads, chosen.inter_op_num_threads) == (2, 1)
 
@@ -245,7 +245,7 @@ from posttrain_backends.families.shape import Shape
 
 shape = Shape(50_000, 16, 16, 1, 1, 1, 16, max_position_embeddings=8)
 graph = head(shape, entropy=True)
-expected = weights_of([graph], shape)
+expected = weights_of([graph])
 bound = Bound(graph, Weights(((n, np.zeros(size)) for n, size in expected.items()), expected, "the test"), 1)
 def call(rows):
     return bound(hidden=np.zeros((rows, 16), np.float32), chosen=np.zeros(rows, np.int64),

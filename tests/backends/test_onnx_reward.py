@@ -105,7 +105,7 @@ def exported(source: Path, target: Path, **changes: Any) -> Path:
         shutil.copyfile(source / file, target / file)
     shape = read_shape(source)
     graph = decoder.judging(shape, "score", 1, 0)
-    weights = decoder.weights_of((graph,), shape)
+    weights = decoder.weights_of((graph,))
     with (target / "model.onnx_data").open("wb") as file:
         given = {**load_file(source / "model.safetensors"), **changes}
         model = with_external(graph, {name: given[name] for name in weights}, weights, file)
@@ -190,8 +190,10 @@ def test_models_that_are_refused_by_name(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"lack score\.weight, so its scores would be random"):
         load(lost)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"empty cannot be loaded: it holds no tokenizer(.|\n)*posttrain export RUN"):
         load(tmp_path / "empty")
+    with pytest.raises(ConfigError, match=r"max_tokens is 65, and the model in .* has 64 positions\n.*lower it"):
+        load(folder("llama"), max_tokens=65)
 
 
 def test_a_graph_that_answers_is_no_reward_model(folder, tmp_path):

@@ -13,8 +13,11 @@ import numpy as np
 import posttrain
 import pytest
 from integration.small import config
+from posttrain.config import load
 from posttrain.data import Rollouts
 from posttrain.errors import ConfigError
+from posttrain.fitting import check
+from posttrain.registry import discover
 from posttrain.testing.replayed import Recording, Replaying
 
 for module in ("torch", "posttrain_objectives", "posttrain_estimators"):
@@ -136,3 +139,13 @@ def test_onnx_is_trained_by_nobody(setting: Setting, key: str) -> None:
     for instead in ("reference: {use: onnx", "rollout.engine: onnx", "a reward with use: onnx", "--format onnx"):
         assert instead in text
     assert not (setting.folder / "refused").exists()
+
+
+@NEEDS_FLAX
+@NEEDS_ONNX
+@pytest.mark.parametrize("loop", [(), ("recipe=sft",)], ids=["rl", "supervised"])
+def test_answers_of_a_policy_in_jax_are_not_drawn_by_onnx(setting: Setting, loop: Sequence[str]) -> None:
+    """Refused by the configuration alone, before a model is loaded, with the engine that draws them."""
+    with pytest.raises(ConfigError, match=r"rollout\.engine: 'onnx' draws from policies in torch, and policy 'flax' is "
+                                          r"in jax; take rollout\.engine: batched"):
+        check(load(setting.file(), (*FLAX, *ONNX_ROLLOUTS, *loop), discover()))

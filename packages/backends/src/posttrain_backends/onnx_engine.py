@@ -36,8 +36,7 @@ class OnnxEngine:
     """Most tokens that keys and values are kept of: fewer answers at once where that is less than answers times the
     longest prompt and answer. 0 does not limit."""
     prefill_tokens: int = 8192
-    """Most prompt tokens of one call; a single longer prompt is still one. Attention holds a score for each two tokens
-    of a prompt."""
+    """Most prompt tokens of one call; a single longer prompt is still one."""
     weights: Literal["constants", "inputs"] = "constants"
     """How the graph has its weights. As `constants` they are packed for faster products when the session is made, which
     is done after each update; `inputs` are written in place, which is done sooner, and decode slower."""
@@ -56,6 +55,11 @@ class OnnxEngine:
             raise ValueError(f"prefill_tokens must be at least 1, got {self.prefill_tokens}")
         if self.quantize is not None and self.weights != "constants":
             raise ValueError("quantize needs weights: constants, which alone can be packed in few bits")
+
+    @property
+    def frameworks(self) -> frozenset[str]:
+        """See `posttrain.protocols.Selective`."""
+        return frozenset({"torch"})
 
     @property
     def approximates(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from posttrain.annotations import dotted
 from posttrain.config import SHARED_CRITIC, Loaded
@@ -16,7 +16,7 @@ from posttrain.errors import ConfigError, PluginError, PosttrainError, Problem
 from posttrain.layers import slots
 from posttrain.loss import over_vocabulary
 from posttrain.off_policy import weighs
-from posttrain.protocols import Frozen, Limited, Need, OffPolicy, Output
+from posttrain.protocols import Frozen, Limited, Need, OffPolicy, Output, Selective
 from posttrain.registry import Registry
 from posttrain.schema import Settings
 from posttrain.shape import PROTOCOLS, misshapen
@@ -96,6 +96,7 @@ def check(loaded: Loaded) -> None:
     if SUM in settings.rewards:
         problems.append(Problem(f"rewards.{SUM}: the sum of all rewards has that name; choose another"))
     problems += _check_trained(settings)
+    problems += _check_engine(loaded)
     problems += _check_rl(loaded) if settings.loop == "rl" else _check_supervised(loaded)
     if problems:
         raise ConfigError(problems, "the configuration does not fit together:" if len(problems) > 1 else "")
@@ -104,8 +105,11 @@ def check(loaded: Loaded) -> None:
 def _check_trained(settings: Settings) -> list[Problem]:
     """What is trained can be."""
     trained = {"policy": settings.policy, "critic": settings.critic}
-    return [Problem(f"{key}.{part.frozen}") for key, part in trained.items()
-            if isinstance(part, Frozen) and part.frozen]
+    return [Problem(f"{key}.{part.frozen}") for key, part in trained.items() if _is_frozen(part)]
+
+
+def _is_frozen(part: object) -> TypeGuard[Frozen]:
+    return isinstance(part, Frozen) and bool(part.frozen)
 
 
 def _check_supervised(loaded: Loaded) -> list[Problem]:
@@ -191,6 +195,17 @@ def _check_rl(loaded: Loaded) -> list[Problem]:
     if settings.replay.reuse > settings.replay.capacity:
         problems.append(Problem("replay.reuse is larger than replay.capacity; no more can be reused than is kept"))
     return problems
+
+
+def _check_engine(loaded: Loaded) -> list[Problem]:
+    """The engine draws from policies of the framework; one that nothing trains is refused as that."""
+    engine, policy = loaded.settings.rollout.engine, loaded.settings.policy
+    is_drawn_from = Output.LOGPROBS in policy.provides and not _is_frozen(policy)
+    if not is_drawn_from or not isinstance(engine, Selective) or policy.framework in engine.frameworks:
+        return []
+    return [Problem(f"rollout.engine: '{name_of(loaded, 'rollout.engine')}' draws from policies in "
+                    f"{' or '.join(sorted(engine.frameworks))}, and policy '{name_of(loaded, 'policy')}' is in "
+                    f"{policy.framework}; take rollout.engine: batched, which draws in the policy's own framework")]
 
 
 def _check_off_policy(loaded: Loaded) -> list[Problem]:

@@ -478,6 +478,17 @@ class Approximating(Protocol):
 
 
 @runtime_checkable
+class Selective(Protocol):
+    """What an engine may be beside `Engine`: one that draws from policies of some frameworks alone. Others are refused
+    before anything is loaded."""
+
+    @property
+    def frameworks(self) -> frozenset[str]:
+        """As `Backend.framework` names them."""
+        ...
+
+
+@runtime_checkable
 class Frozen(Protocol):
     """What a backend may be beside its kind: one whose model can be of a form that is scored and drawn from alone, as
     one with quantised weights. It is a reference, and no policy and no critic."""

@@ -16,9 +16,10 @@ from onnx import ModelProto, TensorProto
 from posttrain.errors import ConfigError
 
 from posttrain_backends._onnx.tape import ORT, Tape
+from posttrain_backends.families.files import EMBEDDING, OUTPUT
 from posttrain_backends.families.shape import Shape
 
-EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+NORM = "model.norm.weight"
 TOKENS, ASKED, LAST_TOKEN, LONGEST = "tokens", "asked", "seqlens_k", "total_sequence_length"
 """Inputs: [B, T] int64 ids; [N] int64 places among the B * T tokens; [B] int32 tokens of each row, cached ones among
 them, less 1; and [] int32 the most of them."""
@@ -380,7 +381,7 @@ def _one(tape: Tape) -> str:
     return tape.constant(np.array(1, np.int64), "one")
 
 
-def weights_of(graphs: Iterable[ModelProto], shape: Shape) -> dict[str, tuple[int, ...]]:
+def weights_of(graphs: Iterable[ModelProto]) -> dict[str, tuple[int, ...]]:
     """Parameter -> its shape, of graphs that `Tape` wrote: their inputs under names of Hugging Face's files."""
     return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
             for graph in graphs for value in graph.graph.input if value.name.endswith((".weight", ".bias"))}

@@ -58,7 +58,7 @@ def write(saved: Path, folder: Path, reader: Backend) -> Exported:
     shape = _shape(saved)
     graph = exported(shape)
     with (folder / DATA).open("wb") as file:
-        model = with_external(graph, dict(read_weights(saved, shape)), weights_of((graph,), shape), file)
+        model = with_external(graph, dict(read_weights(saved, shape)), weights_of((graph,)), file)
     onnx.save_model(model, folder / MODEL)
     onnx.checker.check_model(str(folder / MODEL))
     shutil.copyfile(saved / CONFIG, folder / CONFIG)

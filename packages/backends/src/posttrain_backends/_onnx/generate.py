@@ -119,7 +119,7 @@ class Packed:
         return _holds(self._weights, params)
 
     def take(self, params: Mapping[str, np.ndarray]) -> None:
-        self._session = None  # it reads the arrays, in part
+        self._session = None  # it holds the old numbers
         self._weights.take(params.items(), _GIVEN)
 
 
@@ -142,7 +142,7 @@ class Refreshed:
 
 def _weights(shape: Shape, params: Iterable[tuple[str, Array]]) -> Weights:
     """A copy of the policy's."""
-    return Weights(params, weights_of([decoding(shape)], shape), "the policy's weights")
+    return Weights(params, weights_of([decoding(shape)]), "the policy's weights")
 
 
 def _holds(weights: Weights, params: Mapping[str, np.ndarray]) -> bool:

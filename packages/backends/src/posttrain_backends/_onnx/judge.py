@@ -70,11 +70,15 @@ def load(spec: OnnxReward, threads: int) -> Judge:
     pad = config.get("pad_token_id")
     if pad is None:
         pad = pad_of(tokenizer, config.get("eos_token_id"), spec.weights, at_last=True)
+    positions = config.get("max_position_embeddings")
+    if positions is not None and spec.max_tokens > positions:
+        raise ConfigError([f"max_tokens is {spec.max_tokens}, and the model in {folder} has {positions} positions"],
+                          next_step="Leave max_tokens out, which takes all of them, or lower it.")
     session = _exported(folder / GRAPH, spec.device, threads) if (folder / GRAPH).is_file() else \
         _written(folder, config, pad, spec.device, threads)
     reader = Reader(tokenizer, spec.special_tokens == "add", finds_answers=False,
                     whole=spec.until == "template" or (spec.until == "auto" and not of_value_head),
-                    limit=spec.max_tokens or config.get("max_position_embeddings"))
+                    limit=spec.max_tokens or positions)
     return Judge(session, reader, pad, Parts(spec.batch_tokens))
 
 
@@ -109,7 +113,7 @@ def _written(folder: Path, config: Mapping[str, Any], pad: int, device: str, thr
         raise ConfigError([f"the read-out of {folder} has {labels} labels; reward 'onnx' reads models with one"],
                           next_step=f"Take rewards: {{judge: {{use: reward_model, weights: {folder}, label: ...}}}}.")
     graph = judging(shape, name, labels, pad, bias=f"{name}.bias" in readout)
-    expected = weights_of((graph,), shape)
+    expected = weights_of((graph,))
     held = {key: x for key, x in {**weights, **readout}.items() if key in expected}  # others are those of its tokens
     return packed(graph, Weights(held.items(), expected, f"the reward model in {folder}", device), threads)
 

@@ -14,8 +14,8 @@ from typing import final
 
 import numpy as np
 
-from posttrain_backends._onnx.decoder import EMBEDDING, OUTPUT
 from posttrain_backends._onnx.tape import ORT, Tape
+from posttrain_backends.families.files import EMBEDDING, OUTPUT
 
 BLOCK = 32
 """Inputs with a scale of their own."""

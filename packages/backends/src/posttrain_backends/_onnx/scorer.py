@@ -14,10 +14,10 @@ from posttrain.errors import ConfigError
 from posttrain.protocols import Output
 from safetensors.numpy import load_file
 
-from posttrain_backends._onnx.decoder import EMBEDDING, OUTPUT, head, scoring, weights_of
+from posttrain_backends._onnx.decoder import head, scoring, weights_of
 from posttrain_backends._onnx.session import Bound, Weights
-from posttrain_backends.families.config import read_shape
-from posttrain_backends.families.files import check_vocabulary, weight_files
+from posttrain_backends.families.described import shape_in
+from posttrain_backends.families.files import DERIVED, EMBEDDING, OUTPUT, drop_tied, weight_files
 from posttrain_backends.families.shape import Shape
 from posttrain_backends.ragged import padded, similar_lengths
 
@@ -26,29 +26,23 @@ _HEAD_CELLS = 2**23
 """Logits of one chunk, as in the torch learner."""
 _TOKENS = 2**14
 """Tokens of one call, padding included: a longer sequence is one alone."""
-_DERIVED = ".rotary_emb.inv_freq"
-"""In names of what older files hold beside their weights, and the configuration says."""
 
 
 def read_scorer(folder: Path, vocab_size: int, *, threads: int = 0, device: str = "cpu",
                 head_chunk: int = 0) -> OnnxScorer:
     """The scorer of a folder's model. Raises `ConfigError` where it has no graph, or another vocabulary."""
-    shape = read_shape(folder)
-    check_vocabulary(folder, shape.vocab_size, vocab_size)
+    shape = shape_in(folder, vocab_size, "onnx")
     return OnnxScorer(shape, read_weights(folder, shape), threads=threads, device=device, head_chunk=head_chunk,
-                      what=f"policy.weights {folder}")
+                      what=f"the model in {folder}")
 
 
 def read_weights(folder: Path, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters in a folder's files, in whatever type they are. Raises `ConfigError` where an output matrix stands
     there that should be the embedding and is not."""
-    found = {name: x for path in weight_files(folder) for name, x in load_file(path).items()
-             if not name.endswith(_DERIVED)}
-    if shape.tie_word_embeddings and (again := found.pop(OUTPUT, None)) is not None \
-            and not np.array_equal(again, found.get(EMBEDDING, again)):
-        raise ConfigError([f"{folder} ties the output matrix to the embedding (tie_word_embeddings), but {OUTPUT} and "
-                           f"{EMBEDDING} differ"],
-                          next_step="Set tie_word_embeddings to false in its config.json to take both.")
+    found: dict[str, Array] = {name: x for path in weight_files(folder) for name, x in load_file(path).items()
+                               if not name.endswith(DERIVED)}
+    if shape.tie_word_embeddings:
+        drop_tied(found, OUTPUT, EMBEDDING, folder)
     yield from found.items()
 
 
@@ -60,7 +54,7 @@ class OnnxScorer:
                  head_chunk: int = 0, what: str = "the given set of weights") -> None:
         graphs = scoring(shape), head(shape, entropy=False), head(shape, entropy=True)
         self.shape, self.version = shape, 0
-        self._weights = Weights(weights, weights_of(graphs, shape), what, device)
+        self._weights = Weights(weights, weights_of(graphs), what, device)
         self._trunk, *heads = (Bound(graph, self._weights, threads) for graph in graphs)
         self._logprobs, self._with_entropy = heads
         self._head_rows = head_chunk or max(1, _HEAD_CELLS // shape.vocab_size)

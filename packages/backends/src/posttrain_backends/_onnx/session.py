@@ -132,8 +132,8 @@ class Constants:
 
 
 def packed(graph: ModelProto, weights: Held, threads: int = 0) -> ort.InferenceSession:
-    """A session in which the graph's weights are constants, which it packs for its products as it is made: what is
-    written into `weights` later is not read, or in part."""
+    """A session in which the graph's weights are constants, which it copies, and packs for its products, as it is made:
+    what is written into `weights` later is not read."""
     model, given = with_constants(graph, weights.values)
     chosen = options(threads)
     chosen.add_external_initializers(given, [weights.values[name] for name in given])

@@ -15,6 +15,9 @@ from posttrain_backends.hf import source_of, unreachable
 if TYPE_CHECKING:
     from posttrain_backends.hf import HFTokenizer
 
+_FILES = ("tokenizer*", "vocab*", "*.model")
+"""A folder with a tokenizer has one of them at least."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,10 @@ def read(weights: str, model: str = "", revision: str = "", *, trust_remote_code
     """The tokenizer of a folder or a repository, as transformers has it. Raises `ConfigError` where it cannot be
     read."""
     name, arguments = source_of(weights, model, revision)
+    if weights and "gguf_file" not in arguments and not any(any(Path(weights).glob(pattern)) for pattern in _FILES):
+        raise ConfigError([f"{weights} cannot be loaded: it holds no tokenizer (none of {', '.join(_FILES)})"],
+                          next_step="Name a folder that holds one; posttrain export RUN writes the model of a run "
+                                    "with its tokenizer.")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError, ImportError) as error:

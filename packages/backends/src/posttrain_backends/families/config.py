@@ -60,7 +60,7 @@ def read_shape(folder: Path, backend: str = "torch") -> Shape:
     if problems := misfits(said):
         other = _OTHER_BACKENDS.get(said.get("model_type"), "hf")
         raise ConfigError(problems, title=f"{path} describes a model the {backend} backend does not compute:",
-                          next_step=f"Use policy: {{use: {other}, weights: {folder}}} for it.")
+                          next_step=f"Take {{use: {other}, weights: {folder}}} for it.")
     return shape_of(said)
 
 

@@ -13,8 +13,8 @@ from posttrain.data import Array
 from posttrain.errors import ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-NO_FOLDER = ("policy.weights names a folder written by a run, or a Hugging Face folder with safetensors of a Llama, "
-             "Mixtral, Qwen2, Qwen3 or SmolLM model (use: torch) or of a Mamba-2 model (use: ssm).")
+NO_FOLDER = ("weights names a folder written by a run, or a Hugging Face folder with safetensors of a Llama, Mixtral, "
+             "Qwen2, Qwen3 or SmolLM model (use: torch) or of a Mamba-2 model (use: ssm).")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 """Of a transformer of the native families."""
 DERIVED = ".rotary_emb.inv_freq"
@@ -51,7 +51,7 @@ def check_vocabulary(folder: Path, has: int, needs: int) -> None:
     padded = has % _PADDED_TO == 0 and needs < has
     if needs and needs != has and not padded:
         raise ConfigError(
-            [f"policy.weights {folder} has a vocabulary of {has}, the tokenizer needs {needs}"],
+            [f"the model in {folder} has a vocabulary of {has}, the tokenizer needs {needs}"],
             next_step="Take the tokenizer the weights were trained with; token ids would mean something else.")
 
 

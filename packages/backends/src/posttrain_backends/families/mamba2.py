@@ -75,7 +75,7 @@ def read_shape(folder: Path) -> Mamba2Shape:
     config = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None}
     if problems := list(_problems(config)):
         raise ConfigError(problems, title=f"{path} describes a model the ssm backend does not compute:",
-                          next_step=f"Use policy: {{use: torch, weights: {folder}}} for a transformer, and {{use: hf, "
+                          next_step=f"Take {{use: torch, weights: {folder}}} for a transformer, and {{use: hf, "
                                     f"weights: {folder}}} for the rest.")
     limit = tuple(map(_number, config.get("time_step_limit", (0.0, math.inf))))
     values = {**config, "time_step_limit": limit}
