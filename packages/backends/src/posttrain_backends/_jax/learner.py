@@ -152,7 +152,14 @@ class JaxLearner:
         if reference.vocab_size != self.vocab_size:
             raise incomparable(f"the reference has a vocabulary of {reference.vocab_size}, the policy one of "
                                f"{self.vocab_size}")
+        if reference.devices != self.devices:
+            raise incomparable(f"the reference is on {_named(reference.devices)}, the policy on {_named(self.devices)}")
         self._reference = reference
+
+    @property
+    def devices(self) -> frozenset[jax.Device]:
+        """Where the weights lie."""
+        return frozenset(next(iter(self._params.values())).sharding.device_set)
 
     @property
     def _reference_compute(self) -> Any:
@@ -342,6 +349,10 @@ class JaxLearner:
 
     def _put_head(self, head: str, name: str, x: Any) -> jax.Array:
         return self.placement.weight(f"{head}.{name}", x)
+
+
+def _named(devices: frozenset[jax.Device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
 
 
 def _looked_at(structure: Structure, traits: dict[str, Any], params: Params) -> jax.Array:
