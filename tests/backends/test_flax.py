@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +120,24 @@ def test_threads_and_precision_leave_the_process_alone():
     learner = Flax(hidden_size=8, heads=2, layers=1, device="cpu", precision="float64").load(LoadRequest(V))
     assert {x.dtype for x in weights_of(learner).values()} == {np.dtype(np.float64)}
     assert jax.numpy.zeros(1).dtype == np.float32 and to_numpy(jax.numpy.ones(1, float)).dtype == np.float32
+
+
+def test_torch_is_not_needed():
+    """A model in JAX is loaded, scored, trained and saved where neither torch nor transformers is imported."""
+    code = """
+import sys, tempfile
+from pathlib import Path
+from posttrain.protocols import LoadRequest, Optimization, Output
+from posttrain.testing.tiny_models import Probe, accumulate, random_rollouts, step_data
+from posttrain_backends.flax import Flax
+learner = Flax(hidden_size=8, layers=1, heads=2, device="cpu").load(LoadRequest(8, optimization=Optimization()))
+accumulate(learner, step_data(random_rollouts(8)), Probe())
+learner.apply()
+learner.score(random_rollouts(8), frozenset({Output.LOGPROBS}), 1.0)
+with tempfile.TemporaryDirectory() as folder:
+    learner.save(Path(folder))
+    Flax(weights=folder, device="cpu").load(LoadRequest(8))
+print(sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

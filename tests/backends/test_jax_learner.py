@@ -106,6 +106,19 @@ def test_bfloat16_multiplies_and_float32_remembers():
     assert {x.dtype for x in half.state().values()} == {np.dtype(np.float32), np.dtype(np.int64)}
 
 
+def test_a_reference_that_it_cannot_be_compared_with_is_refused():
+    ours, theirs = both(request(optimization=None))
+    with pytest.raises(ConfigError, match="the reference is a TorchLearner, whose output matrix(?s:.*)kl.estimator=k2"):
+        ours.compare_with(theirs)
+    with pytest.raises(ConfigError, match="the reference is a JaxLearner, whose output matrix a torch learner"):
+        theirs.compare_with(ours)
+    other = Flax(**SIZES).load(LoadRequest(V + 1))
+    with pytest.raises(ConfigError, match="the reference has a vocabulary of 9, the policy one of 8"):
+        ours.compare_with(other)
+    ours.compare_with(Flax(**SIZES).load(LoadRequest(V)))
+    assert Output.REFERENCE_KL in ours.provides
+
+
 # ---- buckets and compilations
 
 def test_powers_of_two_hold_everything():

@@ -19,6 +19,7 @@ from posttrain.protocols import Objective, Output
 
 from posttrain_backends._jax.head import Reading, Readout, chosen_values, expected_values, read
 from posttrain_backends._jax.model import JaxModel, Params, Structure
+from posttrain_backends._jax.optimizer import norm_of
 
 Arrays = Mapping[str, Any]
 _READ = frozenset({Output.LOGPROBS, Output.ENTROPY, Output.REFERENCE_KL})
@@ -93,15 +94,12 @@ def slots_of(objective: Objective) -> tuple[str, ...]:
     return (*objective.slots, *([SHARED] if len(objective.slots) > 1 else []))
 
 
-def mixed(sums: Mapping[str, Params], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The weighted sum of all slots."""
-    first, *others = sums
+def mixed(first: Params, others: Sequence[Params], weights: Sequence[Any]) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The weighted sum of the gradients of all slots, and its norm."""
     def of(name: str) -> jax.Array:
-        total = weights[first] * sums[first][name]
-        for slot in others:
-            total = total + weights[slot] * sums[slot][name]
-        return total
-    return {name: of(name) for name in sums[first]}
+        return sum((w * x[name] for w, x in zip(weights[1:], others)), weights[0] * first[name])
+    gradients = {name: of(name) for name in first}
+    return gradients, norm_of(gradients)
 
 
 def _by_slot(loss: Loss, slots: Sequence[str], dtype: Any) -> dict[str, jax.Array]:
@@ -178,4 +176,4 @@ class Compiled:
 SCORED = Compiled(jax.jit(_scored, static_argnums=(0, 1, 2)))
 READ = Compiled(jax.jit(_read, static_argnums=(0,)))
 ACCUMULATED = Compiled(jax.jit(_accumulated, static_argnums=(0, 1, 2), donate_argnums=(4,)))
-MIXED = jax.jit(mixed)
+MIXED = jax.jit(mixed, donate_argnums=(0,))

@@ -28,7 +28,7 @@ from posttrain_backends._jax.compiled import ACCUMULATED, MIXED, READ, SCORED, C
 from posttrain_backends._jax.loading import fitted, read_head, write_model, write_tensors
 from posttrain_backends._jax.memory import translating_memory_errors
 from posttrain_backends._jax.model import Params, Structure
-from posttrain_backends._jax.optimizer import NamedAdamW, norm_of
+from posttrain_backends._jax.optimizer import NamedAdamW
 from posttrain_backends._jax.placement import Placement
 from posttrain_backends.engines import Batched
 from posttrain_backends.families.files import HEAD_FILES
@@ -152,7 +152,14 @@ class JaxLearner:
         if reference.vocab_size != self.vocab_size:
             raise incomparable(f"the reference has a vocabulary of {reference.vocab_size}, the policy one of "
                                f"{self.vocab_size}")
+        if reference.devices != self.devices:
+            raise incomparable(f"the reference is on {_named(reference.devices)}, the policy on {_named(self.devices)}")
         self._reference = reference
+
+    @property
+    def devices(self) -> frozenset[jax.Device]:
+        """Where the weights lie."""
+        return frozenset(next(iter(self._params.values())).sharding.device_set)
 
     @property
     def _reference_compute(self) -> Any:
@@ -244,8 +251,8 @@ class JaxLearner:
             if not self._sums:
                 self._slot(SHARED)
             self._sum_over_ranks()
-            gradients = self._mixed(weights)
-            norm, lr = float(norm_of(gradients)), optimizer.lr
+            gradients, norm = self._mixed(weights)
+            lr = optimizer.lr
             finite = bool(np.isfinite(norm))
             broken = [] if finite else [name for name, g in gradients.items() if not np.isfinite(to_numpy(g)).all()]
             if finite:
@@ -261,13 +268,16 @@ class JaxLearner:
             raise diverged(self._bad_steps, broken, len(self._params))
         return metrics
 
-    def _mixed(self, weights: Mapping[str, float] | None) -> dict[str, jax.Array]:
+    def _mixed(self, weights: Mapping[str, float] | None) -> tuple[dict[str, jax.Array], float]:
+        """The gradients that are stepped by, made in the first slot's place, and their norm."""
         if weights is not None:
             weights = {SHARED: 1.0, **weights}
             require_weights_of_slots(self._sums, weights)
-        found: dict[str, jax.Array] = MIXED(self._sums, {
-            slot: self._dtype.type(1.0 if weights is None else weights[slot]) for slot in self._sums})
-        return found
+        factors = [self._dtype.type(1.0 if weights is None else weights[slot]) for slot in self._sums]
+        first, *others = self._sums.values()
+        self._sums = {}
+        gradients, norm = MIXED(first, others, factors)
+        return gradients, float(norm)
 
     def discard(self) -> None:
         """Forget the step's gradients: their memory is free until the next part. Nothing here is random."""
@@ -339,6 +349,10 @@ class JaxLearner:
 
     def _put_head(self, head: str, name: str, x: Any) -> jax.Array:
         return self.placement.weight(f"{head}.{name}", x)
+
+
+def _named(devices: frozenset[jax.Device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
 
 
 def _looked_at(structure: Structure, traits: dict[str, Any], params: Params) -> jax.Array:
