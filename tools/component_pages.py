@@ -55,6 +55,7 @@ FIELDS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 """Fields in the example of a component that cannot be made of its defaults, or shows little with them."""
 
 AROUND: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("backend", "onnx"): {"reference": {"use": "onnx", "weights": "path/to/folder"}, "kl": "adaptive"},
     ("objective", "action_value"): {
         "critic": "policy", "estimator": {"use": "retrace", "q": "q_head"}, "value_objective": "action_value"},
     **{("constraint", name): {"constraint": name, "rewards": {

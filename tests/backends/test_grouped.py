@@ -185,7 +185,8 @@ def decoder(shape: Shape, precision: Precision = "float32") -> Decoder:
 
 
 def drawn(model: Decoder, engine: Batched, sampling: Sampling) -> tuple[Rollouts, TorchSampler]:
-    started = TorchSampler(TorchLearner(model), TOKENIZER, engine, shared=True)
+    started = engine.start(TorchLearner(model), TOKENIZER, shared=True)
+    assert isinstance(started, TorchSampler)
     return started.rollout(PROMPTS, sampling, (3, 1)), started
 
 

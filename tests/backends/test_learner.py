@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from frameworks import FRAMEWORKS, HALVES
 from posttrain.batching import StepData, cut
 from posttrain.comm import Comm, SingleProcess
-from posttrain.data import Counts, Loss, Prompt, Rollouts, Term, Weights, offsets_of
+from posttrain.data import Counts, Loss, Prompt, Rollouts, Term, Weights, offsets_of, to_numpy
 from posttrain.errors import ConfigError, Diverged, MemoryExhausted
 from posttrain.protocols import LoadRequest, Need, Optimization, Output
 from posttrain_backends._torch.layout import Layout
@@ -612,6 +614,19 @@ def test_params_are_live_and_load_params_replaces_them():
     assert all(torch.equal(live[name], x) for name, x in other.params())
     with pytest.raises(ConfigError, match=r"model.norm.weight is missing"):
         model.load_params(((n, x) for n, x in other.params() if n != "model.norm.weight"), version=1)
+
+
+@pytest.mark.parametrize("make", [*HALVES.values(), *FRAMEWORKS.values()], ids=[*HALVES, *FRAMEWORKS])
+def test_takes_the_arrays_of_every_framework_as_copies(make: Callable[[np.ndarray], Any]):
+    model = learner("float32", heads=0, optimization=None)
+    given = {name: make(to_numpy(x) + np.float32(0.5)) for name, x in model.params()}
+    expected = {name: to_numpy(x).astype(np.float32) for name, x in given.items()}
+    model.load_params(given.items(), version=3)
+    for name, x in model.params():
+        assert np.array_equal(x.numpy(), expected[name]), name
+        x.zero_()
+        assert np.array_equal(to_numpy(given[name]), expected[name]), "what becomes of the model leaves it alone"
+
 
 
 # ---- folders

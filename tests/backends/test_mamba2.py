@@ -19,7 +19,7 @@ from posttrain.data import Prompt, Rollouts, Sampling
 from posttrain.errors import ConfigError, MemoryExhausted
 from posttrain.protocols import LoadRequest, Optimization, Output
 from posttrain.tokenizers import Characters
-from posttrain_backends._torch import generate
+from posttrain_backends._torch import drawn
 from posttrain_backends._torch.generate import TorchSampler
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
@@ -341,7 +341,7 @@ def test_generated_logprobs_equal_scored_ones(kind, temperature):
 def test_states_give_the_answers_that_reading_all_anew_gives(engine, monkeypatch):
     model = mamba2()
     ours = rollout(model, engine)
-    monkeypatch.setattr(generate, "rows_for", RecomputedRows)
+    monkeypatch.setattr(drawn, "rows_for", RecomputedRows)
     wanted = rollout(model, Batched())
     np.testing.assert_array_equal(ours.tokens, wanted.tokens)
     np.testing.assert_allclose(ours.behavior_logprobs, wanted.behavior_logprobs, rtol=0, atol=1e-6)

@@ -239,8 +239,8 @@ def test_a_policy_is_drawn_from_in_quantised_form_and_keeps_its_own(quantize, ad
     prompts = [Prompt(text=t, group=g) for g, t in enumerate(["abc", "abc", "hello", "b", "abc"])]
     for version in (0, 1):
         drawn = sampler.rollout(prompts, Sampling(max_new_tokens=9), (0, version))
-        copy = sampler._model.causal
-        rounded = oracle(type("Holder", (), {"model": sampler._model}), base)
+        copy = sampler._drawn.model.causal
+        rounded = oracle(type("Holder", (), {"model": sampler._drawn.model}), base)
         if adapter is None:  # the rest of the oracle's weights are the updated ones, too
             plain = {n: t for n, t in learner.trunk.causal.state_dict().items()
                      if n.removesuffix(".weight") not in quantised(copy)}

@@ -167,7 +167,7 @@ def test_a_policy_is_drawn_from_in_quantised_form_and_keeps_its_own(name, quanti
     for version in (0, 1):
         drawn = sampler.rollout(PROMPTS, Sampling(max_new_tokens=9), (0, version))
         assert (drawn.policy_version == version).all()
-        copy = exact(folders[name], sampler._model.module, learner.params())
+        copy = exact(folders[name], sampler._drawn.model.module, learner.params())
         np.testing.assert_allclose(drawn.behavior_logprobs, scored(copy, drawn), rtol=0, atol=AGREE[quantize])
         assert np.abs(drawn.behavior_logprobs - scored(learner, drawn)).max() > 1e-4
         own = evaluator.rollout(PROMPTS, Sampling(max_new_tokens=9), (0, version))
@@ -184,9 +184,9 @@ def test_bf16_and_biases_that_stay_in_float32(name, quantize, folders):
     sampler = Batched(slots=3, quantize=quantize).start(learner, TOKENIZER, shared=False)
     for version in (0, 1):
         drawn = sampler.rollout(PROMPTS, Sampling(max_new_tokens=9), (0, version))
-        copy = exact(folders[name], sampler._model.module, learner.params())
+        copy = exact(folders[name], sampler._drawn.model.module, learner.params())
         assert np.abs(drawn.behavior_logprobs - scored(copy, drawn)).max() < HALF
-        biases = {n: p for n, p in sampler._model.named_parameters() if n.endswith("bias")}
+        biases = {n: p for n, p in sampler._drawn.model.named_parameters() if n.endswith("bias")}
         assert all(torch.equal(p, dict(learner.params())[n]) for n, p in biases.items())
         step(learner)
         sampler.sync(learner.params(), 1)

@@ -13,9 +13,12 @@ import pytest
 from posttrain.data import FINISH, Metrics, offsets_of
 from posttrain.errors import ConfigError
 from posttrain.protocols import LoadRequest, Output
-from posttrain.testing import BackendContract, EngineContract, failures
+from posttrain.testing import BackendContract, EngineContract, ScorerContract, failures
+from posttrain.testing.scorers import ModelContract
 from posttrain.toy.engine import ToyEngine, ToySampler
 from posttrain.toy.policy import TABLE, VALUES, Toy, ToyLearner
+
+HEADS = frozenset({Output.VALUES, Output.BOOTSTRAP_VALUES, Output.ACTION_VALUES, Output.EXPECTED_ACTION_VALUES})
 
 
 class OnToy(BackendContract):
@@ -26,6 +29,13 @@ class OnToy(BackendContract):
 
     def reloaded(self, component: Any, folder: Path) -> Any:
         return type(component)(weights=str(folder))
+
+
+class OnToyScorer(ScorerContract):
+    plugins = (posttrain.toy,)
+    seeded = False
+    spread = 1.0
+    tolerance = 1e-9
 
 
 class OnToyEngine(EngineContract):
@@ -54,6 +64,29 @@ def backend(promises: frozenset[Output] = frozenset(), **members: Any) -> Any:
             if self.weights:
                 made.read(Path(self.weights))
             return made
+    return Broken()
+
+
+def scorer(frozen: str = "use: the toy is no policy here", refuses: bool = True, **members: Any) -> Any:
+    """The toy backend as one whose model only scores; its model has other members."""
+    model = type("BrokenScorer", (ToyLearner,), members)
+    why = frozen
+
+    @final
+    @dataclass(frozen=True, slots=True)
+    class Broken:
+        """The toy reference with a bug."""
+
+        framework = property(lambda self: "numpy")
+        provides = property(lambda self: Toy().provides - HEADS)
+        frozen = property(lambda self: why)
+
+        def load(self, request: LoadRequest) -> ToyLearner:
+            if refuses and request.optimization is not None:
+                raise ConfigError(["this model computes no gradients"])
+            if request.value_heads:
+                raise ConfigError(["this model has no value heads"])
+            return model(request.vocab_size, 0, request.optimization, request.comm)
     return Broken()
 
 
@@ -343,7 +376,7 @@ BROKEN_BACKENDS = [
      {"state": without_moments, "load_state": loads_without_moments}),
     ("state is not copied", "test_resumes_bit_for_bit", {"state": views}),
     ("any state is accepted", "test_refuses_the_state_of_another_model", {"load_state": loads_any_state}),
-    ("load_params keeps the arrays", "test_weights_carry_over_to_another_learner", {"load_params": aliases}),
+    ("load_params keeps the arrays", "test_weights_carry_over_to_another_model", {"load_params": aliases}),
     ("unknown weights are ignored", "test_refuses_weights_that_do_not_fit", {"load_params": ignores_unknown}),
     ("weights are written before they are checked", "test_refuses_weights_that_do_not_fit",
      {"load_params": writes_in_part}),
@@ -355,13 +388,36 @@ BROKEN_BACKENDS = [
     ("ranks are summed twice", "test_ranks_are_summed_once", {"_sum_over_ranks": sums_twice}),
     ("weights from the global generator", "test_equal_seeds_load_equal_weights", {"__init__": draws_globally}),
     ("what is lacking is an attribute error", "test_what_it_lacks_is_refused_by_name", {"_require": attribute_error}),
-    ("scoring ends the step", "test_scoring_changes_nothing", {"score": score(discards_when_scoring)}),
+    ("scoring ends the step", "test_scoring_leaves_a_step_alone", {"score": score(discards_when_scoring)}),
 ]
 
 
 @pytest.mark.parametrize(("bug", "test", "members"), BROKEN_BACKENDS, ids=[b[0] for b in BROKEN_BACKENDS])
 def test_a_broken_backend_is_found(bug: str, test: str, members: dict[str, Any], tmp_path: Path) -> None:
     assert [name for name, _ in failures(OnToy, backend(**members), only=test, tmp_path=tmp_path)] == [test], bug
+
+
+# ---- wrong scorers
+
+
+def keeps_given(self: Any, items: Any, version: int) -> None:
+    given = dict(items)
+    ToyLearner.load_params(self, given.items(), version)
+    self.parameters[TABLE] = given[TABLE]
+
+
+OF_HEADS = ("values", "bootstrap value")
+BROKEN_SCORERS = [
+    ("trains", "test_asked_to_train_it_refuses", {"refuses": False}),
+    ("does not say that it is no policy", "test_asked_to_train_it_refuses", {"frozen": ""}),
+    ("load_params keeps NumPy arrays", "test_weights_carry_over_to_another_model", {"load_params": keeps_given}),
+    *((bug, test, members) for bug, test, members in BROKEN_BACKENDS
+      if hasattr(ModelContract, test) and not any(word in bug for word in OF_HEADS))]
+
+
+@pytest.mark.parametrize(("bug", "test", "members"), BROKEN_SCORERS, ids=[b[0] for b in BROKEN_SCORERS])
+def test_a_broken_scorer_is_found(bug: str, test: str, members: dict[str, Any]) -> None:
+    assert [name for name, _ in failures(OnToyScorer, scorer(**members), only=test)] == [test], bug
 
 
 # ---- wrong engines
@@ -523,6 +579,8 @@ def test_the_right_ones_pass(tmp_path: Path) -> None:
         assert not list(failures(contract, right, tmp_path=tmp_path))
     found = {name for name, _ in failures(OnToy, backend(), tmp_path=tmp_path)}
     assert found <= {"test_is_found_by_its_name", "test_can_be_sent_to_another_process"}  # made inside a function
+    found = {name for name, _ in failures(OnToyScorer, scorer())}
+    assert found <= {"test_is_found_by_its_name", "test_can_be_sent_to_another_process"}
 
 
 def test_what_an_author_must_say(tmp_path: Path) -> None:

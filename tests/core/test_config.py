@@ -406,6 +406,36 @@ def test_naming_a_component_drops_the_old_ones_fields(folder: Path, registry: Re
 
 
 @first_party
+def test_use_alone_keeps_the_fields_that_are_there(folder: Path, registry: Registry) -> None:
+    text = "estimator: {use: gae, lam: 0.5, gamma: 0.9}\nrewards: {a: {file: rewards.py:scaled, by: 2, weight: 3}}"
+    loaded = given(registry, text, "estimator.use=td_lambda")
+    assert loaded.components["estimator"].name == "td_lambda"
+    assert (loaded.settings.estimator.lam, loaded.settings.estimator.gamma) == (0.5, 0.9)
+    assert given(registry, text, "estimator.use=td_lambda", "estimator.lam=1").settings.estimator.gamma == 0.9
+    assert given(registry, text, "estimator.lam=1", "estimator.use=td_lambda").settings.estimator.lam == 1
+    assert given(registry, "recipe: ppo\n", "kl.use=pid").settings.kl.placement == "reward", "of the recipe, too"
+    assert given(registry, "estimator: gae", "estimator.use=rloo").components["estimator"].name == "rloo"
+    critic = given(registry, "critic: none", "critic.use=torch", "critic.hidden_size=32").settings.critic
+    assert critic.hidden_size == 32, "over no component at all"
+    assert given(registry, "policy: {use: torch, hidden_size: 96}\ntrackers: {console: null}",
+                 "trackers.console.use=console").settings.policy.hidden_size == 96
+    assert "is not a field" in problems(registry, text, "rewards.a.use=exact_match", "rewards.a.by=2")[0]
+    assert given(registry, text, "rewards.a.use=exact_match").settings.rewards["a"].weight == 1, "of a file, no field"
+
+
+@first_party
+def test_a_field_that_the_component_of_use_lacks_is_told_with_how_to_drop_it(folder: Path, registry: Registry) -> None:
+    text = "estimator:\n  use: gae\n  lam: 0.5\n"
+    assert problems(registry, text, "estimator.use=remax") == [
+        "estimator.lam is not a field of remax; known: gamma, whiten, statistics, truncation, overlong_length, "
+        "overlong_buffer; estimator={use: remax} drops the fields that were there (train.yaml:3)"]
+    near = problems(registry, "estimator: {use: gae, lamm: 0.5}", "estimator.use=td_lambda")[0]
+    assert "is not a field of td_lambda; did you mean 'lam'" in near
+    assert "drops" not in problems(registry, text, "estimator.lamm=1")[0], "nothing was taken over"
+    assert "drops" not in problems(registry, "estimator: gae", "estimator.use=rloo", "estimator.lamm=1")[0]
+
+
+@first_party
 def test_named_maps_are_merged_and_null_takes_away(folder: Path, registry: Registry) -> None:
     (folder / "base.yaml").write_text("rewards: {a: {use: exact_match, weight: 2}, b: length}\nrollout: {top_k: 3}\n")
     loaded = given(registry, "extends: base.yaml\nrewards:\n  b: null\n  c: {file: rewards.py:correct}\nrollout:\n"

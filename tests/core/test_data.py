@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from posttrain.data import Episodes, Metric, Metrics, Prompt, Rollouts, offsets_of
+from frameworks import FRAMEWORKS, HALVES, in_float64
+from posttrain.data import Episodes, Metric, Metrics, Prompt, Rollouts, offsets_of, to_numpy
 from ragged import three_episodes
 
 
@@ -36,6 +37,24 @@ def test_concat_inverts_select() -> None:
     joined = Rollouts.concat([r.select(np.array([0])), r.select(np.array([1, 2]))])
     for name in ("tokens", "offsets", "episode", "is_action", "group", "behavior_logprobs"):
         assert np.array_equal(getattr(joined, name), getattr(r, name)), name
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_precision_becomes_numpy_without_loss(half: str) -> None:
+    given = np.array([1.5, -0.0078125, 3.0e4, 0.0])
+    found = to_numpy(HALVES[half](given))
+    assert type(found) is np.ndarray and found.dtype == (np.float32 if "bfloat16" in half else np.float16)
+    tolerance = 2.0 ** (-8 if "bfloat16" in half else -11)
+    np.testing.assert_allclose(found.astype(np.float64), given, rtol=tolerance)
+    assert np.array_equal(to_numpy(HALVES[half](found.astype(np.float64))), found), "nothing is lost a second time"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_whole_numbers_and_float64_become_numpy_as_they_are(framework: str) -> None:
+    with in_float64(framework):
+        for given in (np.array([1, -2]), np.array([0.1, 1e300]), np.array([True, False]), np.zeros((2, 0))):
+            found = to_numpy(FRAMEWORKS[framework](given))
+            assert type(found) is np.ndarray and found.dtype == given.dtype and np.array_equal(found, given)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from posttrain.data import Prompt, Sampling
 from posttrain_backends._torch import generate
+from posttrain_backends._torch.drawn import drawn_from
 from posttrain_backends._torch.generate import TorchSampler
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.learner import TorchLearner
@@ -161,7 +162,8 @@ class Ids:
 def ours(policy: Callable[[Decoder], LanguageModel], work: Workload,
          model: Decoder) -> Callable[[np.ndarray, np.ndarray, bool], Answered]:
     learner = TorchLearner(policy(model))
-    sampler = TorchSampler(learner, Ids(work.shape.vocab_size), Batched(slots=work.slots), shared=True)
+    sampler = TorchSampler(drawn_from(learner, shared=True), Ids(work.shape.vocab_size), Batched(slots=work.slots),
+                           learner.version)
 
     def answers(ids: np.ndarray, lengths: np.ndarray, greedy: bool) -> Answered:
         def planned(seed: Sequence[int], episode: int, count: int) -> np.ndarray:

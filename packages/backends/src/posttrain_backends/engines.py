@@ -1,7 +1,7 @@
 """The rollout engine `batched`, and what every engine does around its decoding loop. Imports no framework.
 
-Prompts become token ids, stop strings end answers, finished answers become `Rollouts`. How tokens are drawn stands in
-`_torch/generate.py`.
+Prompts become token ids, stop strings end answers, finished answers become `Rollouts`. How tokens are drawn is the
+policy's own framework's to know (`Decoding`): it stands in `_torch/generate.py` and `_jax/generate.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final, runtime_checkable
 
 import numpy as np
 from posttrain.data import FINISH, Prompt, Rollouts, Sampling, offsets_of
@@ -28,10 +28,21 @@ _PARTIAL_CHARACTER = 3
 """Tokens that may hold only a part of a character at the edge of decoded text: UTF-8 has up to 4 bytes."""
 
 
+@runtime_checkable
+class Decoding(Protocol):
+    """What a loaded model is beside `Scorer` where the engine `batched` can draw from it: one that makes the sampler of
+    its own framework."""
+
+    def sampler(self, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> Sampler:
+        """A sampler with this model's weights: its own arrays where `shared`, else a copy. Raises `ConfigError` where
+        a setting of the engine does not fit the model, `PluginError` where a library that it needs is missing."""
+        ...
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """Own decoding loop on the policy's torch weights: one prefill per prompt, and finished rows refilled at once.
+    """Own decoding loop on the policy's weights, torch or JAX: one prefill per prompt, finished rows refilled at once.
 
     With `shared` the sampler reads the policy's own arrays. An answer depends on weights, prompt, sampling, seed and
     its place in the list; not on how many rows are decoded beside it.
@@ -64,21 +75,16 @@ class Batched:
 
     def start(self, policy: Scorer, tokenizer: Tokenizer, *, shared: bool) -> Sampler:
         """A sampler with the policy's weights. Raises `ConfigError` for a policy of another framework."""
-        if find_spec("torch") is None:
-            raise PluginError(["engine 'batched' needs torch, which is not installed: "
-                               "pip install 'posttrain-backends[torch]'"])
-        from posttrain_backends._torch.generate import TorchSampler
-        from posttrain_backends._torch.learner import TorchLearner
-
-        if not isinstance(policy, TorchLearner):
+        if not any(map(find_spec, ("torch", "jax"))):
+            raise PluginError(["engine 'batched' needs torch or JAX, and neither is installed: "
+                               "pip install 'posttrain-backends[torch]', or 'posttrain-backends[flax]'"])
+        if not isinstance(policy, Decoding):
             kind = f"{type(policy).__module__}.{type(policy).__qualname__}"
             raise ConfigError(
-                [f"engine 'batched' decodes torch models; the policy is a {kind}"],
-                next_step="Take a torch policy (policy: torch), or an engine for this one (rollout.engine; all: "
-                          "posttrain plugins engine).")
-        if self.quantize is not None:
-            require_quantizable(policy, self.quantize)
-        return TorchSampler(policy, tokenizer, self, shared=shared)
+                [f"engine 'batched' decodes torch and JAX models; the policy is a {kind}"],
+                next_step="Take such a policy (policy: torch, policy: flax), or an engine for this one "
+                          "(rollout.engine; all: posttrain plugins engine).")
+        return policy.sampler(tokenizer, self, shared=shared)
 
 
 def require_quantizable(policy: TorchLearner, quantizer: Quantizer) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 from posttrain.errors import ConfigError
-from posttrain.protocols import LoadRequest, Output, Tokenizer
+from posttrain.protocols import Exported, LoadRequest, Output, Tokenizer
 
+from posttrain_backends import exports
 from posttrain_backends.attention import Attention, require_attention
 from posttrain_backends.installed import require
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel
@@ -151,6 +152,18 @@ class HF:
         from posttrain_backends._torch.hf_loading import load
 
         return load(self, request)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """See `posttrain.protocols.Exporting`."""
+        return exports.FORMATS
+
+    def export(self, form: str, saved: Path, folder: Path) -> Exported:
+        """See `posttrain.protocols.Exporting`; an adapter was merged when its model was saved."""
+        if self.quantize is not None:
+            raise exports.refuse(f"policy.quantize: the saved weights are rounded ({self.quantize})",
+                                 "leave --format out")
+        return exports.write(form, saved, folder, HF(weights=str(saved), device="cpu"))
 
 
 @final

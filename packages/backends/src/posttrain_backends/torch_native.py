@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 from posttrain.errors import ConfigError
-from posttrain.protocols import LoadRequest, Output
+from posttrain.protocols import Exported, LoadRequest, Output
 
+from posttrain_backends import exports
 from posttrain_backends.attention import Attention, candidates, choose, require_attention, require_device
 from posttrain_backends.installed import require
 from posttrain_backends.on_torch import OUTPUTS, HeadKernel, native_learner
@@ -161,6 +162,18 @@ class Torch:
         require("backend 'torch'", "torch", extra="torch")
         return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel,
                               self.quantize, self.frozen)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """See `posttrain.protocols.Exporting`."""
+        return exports.FORMATS
+
+    def export(self, form: str, saved: Path, folder: Path) -> Exported:
+        """See `posttrain.protocols.Exporting`; a mixture of experts and a module of the user's are refused."""
+        if self.file:
+            raise exports.refuse("policy.file is code of its own", "leave --format out, or write your module with "
+                                                                   "torch.onnx.export")
+        return exports.write(form, saved, folder, Torch(weights=str(saved), device="cpu"))
 
     def _model(self, request: LoadRequest) -> Decoder | UserModel:
         import torch

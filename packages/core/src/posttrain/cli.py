@@ -235,11 +235,14 @@ def export(directory: RunPath,
            output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR",
                                                        help="New folder; by default RUN/exports/step-<step>.")] = None,
            step: Annotated[int | None, typer.Option(min=0, help="A step with a checkpoint; by default the newest.")]
-           = None) -> None:
+           = None,
+           form: Annotated[str, typer.Option("--format", metavar="NAME",
+                                             help="Or another one that the policy's backend writes: onnx.")]
+           = "huggingface") -> None:
     """Write a run's policy as a Hugging Face folder: weights, tokenizer, generation settings, model card."""
     from posttrain.export import export as write
 
-    print(f"wrote {write(directory, output, step=step)}")
+    print(f"wrote {write(directory, output, step=step, form=form, say=print)}")
 
 
 def doctor(context: typer.Context,

@@ -24,6 +24,7 @@ from posttrain.constrained import Bound
 from posttrain.errors import ConfigError, InputError, PluginError, Problem, did_you_mean
 from posttrain.hookspecs import IN_FILE, Component
 from posttrain.layers import (
+    COMMAND_LINE,
     Layer,
     Mark,
     Reading,
@@ -341,7 +342,13 @@ class _Builder:
                 self.beside[text] = where(self.marks, (*key, "use"))
             return self.problem((*key, "use"), f"{first}{python}")
         self.components[dotted(key)] = component
-        return self.registry.build(component, given, key, self.problem)
+        return self.registry.build(component, given, key, partial(self.of_another, key, name))
+
+    def of_another(self, slot: Key, name: str, key: Key, message: str) -> None:
+        """Note what is wrong with a component's field; where `X.use=NAME` took it over, also how to drop it."""
+        taken_over = key in self.marks and self.marks[*slot, "use"].where == COMMAND_LINE != self.marks[key].where
+        hint = f"; {dotted(slot)}={{use: {name}}} drops the fields that were there"
+        self.problem(key, message + hint * (taken_over and key != slot))
 
     def located(self, target: Any, given: dict[str, Any], key: Key) -> dict[str, Any]:
         """The given fields, those with metadata of `path` made absolute (`model.py:name` keeps its `:name`); what they

@@ -323,14 +323,18 @@ class Episodes:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """A NumPy view or copy of an array of any framework, on the host, outside any gradient."""
-    if isinstance(x, np.ndarray):
-        return x
-    detach = getattr(x, "detach", None)  # torch: the one framework whose arrays may carry a gradient or lie on a device
-    if detach is None:
-        return np.asarray(x)
-    host = detach().cpu()
-    return np.asarray((host.float() if str(host.dtype) == "torch.bfloat16" else host).numpy())  # NumPy has no bfloat16
+    """A NumPy view or copy of an array of any framework, on the host, outside any gradient; bfloat16 as float32, which
+    holds it exactly, since NumPy's own functions know no bfloat16.
+
+    >>> to_numpy(np.array([1.5, 2.0], np.float16))
+    array([1.5, 2. ], dtype=float16)
+    """
+    detach = getattr(x, "detach", None)  # torch: the one framework whose arrays carry a gradient and its own bfloat16
+    if detach is not None:
+        host = detach().cpu()
+        return np.asarray((host.float() if str(host.dtype) == "torch.bfloat16" else host).numpy())
+    host = np.asarray(x)
+    return host.astype(np.float32) if host.dtype.name == "bfloat16" else host
 
 
 @dataclass(frozen=True, slots=True, eq=False)

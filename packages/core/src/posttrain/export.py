@@ -1,4 +1,5 @@
-"""`posttrain export`: a Hugging Face folder of a run's checkpoint: weights, tokenizer, sampling settings, model card.
+"""`posttrain export`: a Hugging Face folder of a run's checkpoint: weights, tokenizer, sampling settings, model card;
+or a folder in another format that the policy's backend writes.
 
 The folder appears whole or not at all. Knows the policy and the tokenizer by their protocols only.
 """
@@ -10,23 +11,35 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from posttrain import checkpoint, config
 from posttrain.compose import importing, policy_request
-from posttrain.errors import InputError, Problem
-from posttrain.fitting import scores_answers
-from posttrain.protocols import Tokenizer
+from posttrain.errors import InputError, Problem, did_you_mean
+from posttrain.fitting import name_of, scores_answers
+from posttrain.protocols import Exported, Exporting, Learner, Tokenizer
 from posttrain.registry import Registry, discover
 from posttrain.report import history
 from posttrain.rundir import CONFIG, require_run
 from posttrain.schema import Settings
 
+HUGGING_FACE = "huggingface"
+"""The format that every backend writes."""
 MODEL_CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 
+_WITH_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
+_WITH_ITS_CODE = """```python
+# the model is code of its own: policy: {use: torch, file: ..., weights: FOLDER}
+```"""
 MEASURES = {"eval/reward/mean": "held-out reward", "reward/mean": "training reward", "eval/loss": "held-out loss",
             "eval/preference/accuracy": "held-out pairs in the right order",
             "kl/reference": "KL to the reference, nats per token", "policy/entropy": "entropy, nats per token",
@@ -35,18 +48,24 @@ MEASURES = {"eval/reward/mean": "held-out reward", "reward/mean": "training rewa
 
 
 def export(directory: str | Path, output: str | Path | None = None, *, step: int | None = None,
-           registry: Registry | None = None) -> Path:
-    """Write the policy of a run's newest checkpoint, or of `step`, as a Hugging Face folder; returns its path.
+           form: str = HUGGING_FACE, registry: Registry | None = None,
+           say: Callable[[str], object] = lambda line: None) -> Path:
+    """Write the policy of a run's newest checkpoint, or of `step`, as a Hugging Face folder, or as `form`; returns the
+    folder's path.
 
-    `output` is `RUN/exports/step-<step>` by default. The run is only read, so it may be running. Raises `InputError`
-    where there is no such run or checkpoint or the folder is not empty, `CheckpointDamaged` where it is damaged.
+    `output` is `RUN/exports/step-<step>` by default, with the name of another format behind it. `say` is told how far a
+    model in another format is from what the run saved. The run is only read, so it may be running. Raises `InputError`
+    where there is no such run or checkpoint or format or the folder is not empty, `CheckpointDamaged` where it is
+    damaged.
     """
     path = Path(directory)
     require_run(path)
     loaded = config.load(path / CONFIG, (), registry or discover())
+    require_format(form, loaded)
     source = _checkpoint(path, step, loaded.settings.resume.fallback)
     saved = checkpoint.load(source)
-    target = Path(output) if output is not None else path / "exports" / source.name
+    name = source.name if form == HUGGING_FACE else f"{source.name}-{form}"
+    target = Path(output) if output is not None else path / "exports" / name
     require_empty(target)
     tokenizer = loaded.settings.tokenizer.load()
     with importing(loaded, "policy"):
@@ -55,11 +74,11 @@ def export(directory: str | Path, output: str | Path | None = None, *, step: int
     stage = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         stage.mkdir(parents=True)
-        policy.save(stage)
+        written = _write_model(policy, loaded, form, stage)
         tokenizer.save(stage)
         _write_settings(stage, loaded.settings, tokenizer)
         run = history.read(path, path.resolve().name)
-        (stage / CARD).write_text(card(run, loaded, saved.step, _is_transformers(stage)), "utf-8")
+        (stage / CARD).write_text(card(run, loaded, saved.step, _is_transformers(stage), form, written), "utf-8")
         if target.is_dir():
             target.rmdir()  # it is empty
         stage.rename(target)
@@ -68,7 +87,22 @@ def export(directory: str | Path, output: str | Path | None = None, *, step: int
                          next_step="make room or give the rights, or choose another folder: --output DIR") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # nothing is there after it was renamed
+    if written is not None:
+        say(written.compared)
     return target
+
+
+def require_format(form: str, loaded: config.Loaded) -> None:
+    """Raise `InputError` where the policy's backend does not write this format."""
+    policy: object = loaded.settings.policy
+    known = (HUGGING_FACE, *(policy.formats if isinstance(policy, Exporting) else ()))
+    if form not in known:
+        raise InputError([Problem(f"backend '{name_of(loaded, 'policy')}' writes no format '{form}'"
+                                  f"{did_you_mean(form, known)}", "--format")],
+                         next_step=f"What it writes: {', '.join(known)}.")
+    if form != HUGGING_FACE and scores_answers(loaded.settings):
+        raise InputError([Problem(f"the run trained a model that scores answers, and '{form}' is written of one that "
+                                  "gives them", "--format")], next_step="Leave --format out for a Hugging Face folder.")
 
 
 def require_empty(target: Path) -> None:
@@ -91,8 +125,10 @@ def generation(settings: Settings) -> dict[str, Any]:
     return {**found, **({"min_p": rollout.min_p} if rollout.min_p else {})}
 
 
-def card(run: history.History, loaded: config.Loaded, step: int, transformers: bool) -> str:
-    """The model card in Markdown; `transformers` says whether plain transformers can load the folder."""
+def card(run: history.History, loaded: config.Loaded, step: int, transformers: bool, form: str = HUGGING_FACE,
+         written: Exported | None = None) -> str:
+    """The model card in Markdown; `transformers` says whether plain transformers can load the folder of a run, and
+    `written` what is to be said of a model in another format."""
     import yaml
 
     settings, seed = run.settings, run.settings.get("seed", "0")
@@ -100,14 +136,12 @@ def card(run: history.History, loaded: config.Loaded, step: int, transformers: b
     base = _hub_name(settings.get("policy.model", ""))
     scores = scores_answers(loaded.settings)
     front: dict[str, Any] = {"pipeline_tag": "text-classification" if scores else "text-generation",
-                             "tags": ["posttrain", method]}
-    front |= {"library_name": "transformers"} if transformers else {}
+                             "tags": ["posttrain", method, *([] if written is None else [form])]}
+    front |= {"library_name": "transformers"} if transformers and written is None else {}
     front |= {"base_model": base} if base else {}
-    usage = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-             'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n') if transformers else (
-             '# the model is code of its own: policy: {use: torch, file: ..., weights: FOLDER}\n')
-    use = "```yaml\nrewards: {judge: {use: reward_model, weights: FOLDER}}\n```" if scores else f"```python\n{usage}```"
+    use = f"{written.usage}\n\n{written.compared}" if written is not None else \
+        "```yaml\nrewards: {judge: {use: reward_model, weights: FOLDER}}\n```" if scores else \
+        _WITH_TRANSFORMERS if transformers else _WITH_ITS_CODE
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}# license: yours to choose; mind that of the base model and of "
         "the data\n---",
@@ -132,6 +166,19 @@ def digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     lines = (f"{digest(p)}  {p.relative_to(path).as_posix()}\n" for p in sorted(path.rglob("*")) if p.is_file())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_model(policy: Learner, loaded: config.Loaded, form: str, stage: Path) -> Exported | None:
+    """The policy's files in the empty folder `stage`, and what is said of another format."""
+    if form == HUGGING_FACE:
+        policy.save(stage)
+        return None
+    backend: object = loaded.settings.policy
+    assert isinstance(backend, Exporting), "`require_format` looked"
+    with TemporaryDirectory(dir=stage.parent, prefix=f"{stage.name}-") as saved:
+        policy.save(Path(saved))
+        with importing(loaded, "policy"):
+            return backend.export(form, Path(saved), stage)
 
 
 def _checkpoint(path: Path, step: int | None, fallback: bool) -> Path:

@@ -1,7 +1,8 @@
 """The layers of a configuration: YAML files, dicts and `key=value` settings, and how one lies over another.
 
 Every value keeps a mark of where it was written. Knows which keys hold components (they are replaced as a whole when
-another one is named), and nothing of what keys and components mean.
+another one is named, except by `X.use=NAME`, which changes the name alone), and nothing of what keys and components
+mean.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Layer:
 
     tree: dict[str, Any] = field(default_factory=dict)
     marks: dict[Key, Mark] = field(default_factory=dict)
+    renames: bool = False
+    """A component that it names takes over the fields that lower layers wrote for another one."""
 
 
 @dataclass(slots=True)
@@ -61,6 +64,9 @@ class Reading:
 
 FROM_FILE = ("reward", "task")
 """Kinds that a Python file may hold without being a plugin: `file: path.py:name`."""
+
+COMMAND_LINE = "command line"
+"""Where the settings of a command were written."""
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -96,15 +102,17 @@ def read_mapping(source: Mapping[str, Any], reading: Reading) -> list[Layer]:
 
 
 def read_setting(text: str, base: Path, reading: Reading) -> list[Layer]:
-    """The layer of one `a.b=value` of the command line; the value is YAML."""
+    """The layer of one `a.b=value` of the command line; the value is YAML. `X.use=NAME` names another component for the
+    fields that are there, `X=NAME` and `X={use: NAME}` drop them."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         reading.problems.append(Problem(f"'{text}' is not a setting; write key=value, as in rollout.group_size=8",
-                                        "command line"))
+                                        COMMAND_LINE))
         return []
     before = len(reading.problems)
-    inner = parse(value, "command line", base, reading, bare=True)
-    return [Layer(*_nested(key.split("."), inner))] if len(reading.problems) == before else []
+    inner = parse(value, COMMAND_LINE, base, reading, bare=True)
+    path = key.split(".")
+    return [Layer(*_nested(path, inner), renames=path[-1] == "use")] if len(reading.problems) == before else []
 
 
 def _nested(path: Sequence[str], inner: Layer) -> tuple[dict[str, Any], dict[Key, Mark]]:
@@ -233,7 +241,8 @@ def merge(layers: Sequence[Layer], problems: list[Problem]) -> tuple[dict[str, A
     for layer in layers:
         layer.tree = {k: v for k, v in layer.tree.items() if v is not None or k not in blocks}
         for key in _named(layer):
-            _forget(tree, marks, key)
+            if not layer.renames or "use" not in (at(tree, key) or {}):  # `file:` is no field but another kind of name
+                _forget(tree, marks, key)
         tree = _attempt(partial(OmegaConf.merge, tree), layer.tree, layer.marks, problems)
         marks |= layer.marks
     return tree, marks

@@ -487,6 +487,31 @@ class Frozen(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What is said of a model that was written in another format."""
+
+    compared: str
+    """How far the written model is from the one that was saved, measured: a sentence for people."""
+    usage: str
+    """Markdown that shows how a folder named FOLDER is used, for the model's card."""
+
+
+@runtime_checkable
+class Exporting(Protocol):
+    """What a backend may be beside its kind: one that writes its models in more formats than its learners save, by
+    `posttrain export RUN --format NAME`."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+    def export(self, form: str, saved: Path, folder: Path) -> Exported:
+        """Write what `Learner.save` wrote to `saved` into the empty `folder`, in one of the formats, and compare the
+        two. Raises `ConfigError` where the format has no such model and where the two differ, `PluginError`."""
+        ...
+
+
 class Kernel(Protocol):
     """A faster form of an op of `ops.py`; must equal the reference."""
 

@@ -1,4 +1,4 @@
-"""The decoding loop of the engine `batched`: rows that are decoded together, and how a free row gets its next episode.
+"""The decoding loop: rows that are decoded together, and how a free row gets its next episode.
 
 The first `active` rows always hold an unfinished episode: a row that ends is given to the next episode in the queue,
 and where none waits, the last row moves into its place. So no row of a forward pass is idle. All bookkeeping is NumPy
@@ -10,37 +10,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from posttrain.data import Array, Metric, Metrics, Prompt, Rollouts, Sampling, offsets_of
-from posttrain.errors import ConfigError, MemoryExhausted
+from posttrain.errors import MemoryExhausted
 from posttrain.protocols import Tokenizer
 from torch import Tensor
 
+from posttrain_backends._torch.drawn import Drawn
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.memory import translating_memory_errors
-from posttrain_backends._torch.models.files import copy_named
-from posttrain_backends._torch.models.interface import (
-    GroupedLanguageModel,
-    RecurrentLanguageModel,
-    Refusing,
-)
-from posttrain_backends._torch.quantised_copy import QuantisedCopy
-from posttrain_backends._torch.rows import Prefix, Room, Rows, rows_for
+from posttrain_backends._torch.rows import Prefix, Room, Rows
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import (
     BUDGET,
     EOS,
     STOP,
     Answer,
-    Batched,
     StopStrings,
     assemble,
     encode,
@@ -95,8 +85,8 @@ class Prefixes:
         offsets = self._offsets[first:last + 1] - self._offsets[first]
         layout = Layout.from_offsets(offsets, self._device)
         flat = torch.from_numpy(np.concatenate(self._prompts[first:last])).to(self._device)
-        hidden, pasts, routes = self._rows.read(flat, layout)
-        for i, (end, past) in enumerate(zip(hidden[layout.last], pasts, strict=True)):
+        ends, pasts, routes = self._rows.read(flat, layout)
+        for i, (end, past) in enumerate(zip(ends, pasts, strict=True)):
             part = slice(int(offsets[i]), int(offsets[i + 1]))
             self._read[first + i] = Prefix(
                 self._prompts[first + i], end, past, None if routes is None else routes[part])
@@ -189,31 +179,30 @@ class Decoding:
                 column[target] = column[source]
 
 
+class Limits(Protocol):
+    """What an engine says of how much is done at once; see `Batched`."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def cache_tokens(self) -> int: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+
+
 @final
 class TorchSampler:
-    """A started engine on a torch model; a `Sampler`. Not shared, it keeps a copy of the model until `sync`."""
+    """A started engine whose tokens are drawn in torch; a `Sampler`. The weights it begins with are of `version`."""
 
-    def __init__(self, learner: TorchLearner, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> None:
-        if isinstance(learner.model, Refusing) and learner.model.refusal:
-            raise ConfigError(
-                [f"engine 'batched' does not draw from this policy: {learner.model.refusal}"],
-                next_step="Set policy.cache: never, which reads an answer anew for each of its tokens: slow, and what "
-                          "is trained is what was drawn.")
-        self._shared, self._tokenizer, self._engine = shared, tokenizer, engine
-        self._quantised = None if shared or engine.quantize is None else QuantisedCopy(learner.model, engine.quantize)
-        self._model = learner.model if shared else self._quantised.model if self._quantised else deepcopy(learner.model)
-        self._version = learner.version
-        self._most_rows = engine.slots or sys.maxsize
+    def __init__(self, drawn: Drawn, tokenizer: Tokenizer, limits: Limits, version: int) -> None:
+        self._drawn, self._tokenizer, self._limits, self._version = drawn, tokenizer, limits, version
+        self._most_rows = limits.slots or sys.maxsize
         self.usage = Usage(0, 0, 0, 0, 0)
         """The work of the last rollout."""
 
     def sync(self, params: Iterable[tuple[str, Array]], version: int) -> None:
         """Take the weights `params` (a shared model has them already) and number them `version`."""
-        if self._quantised is not None:
-            self._quantised.load(params)
-        elif not self._shared:
-            given = ((name, torch.as_tensor(x)) for name, x in params)
-            copy_named(given, self._model.state_dict(), "the weights given to the sampler")
+        self._drawn.load(params)
         self._version = version
 
     def rollout(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]) -> Rollouts:
@@ -234,13 +223,13 @@ class TorchSampler:
         self._encoded(prompts, sampling)
 
     def _encoded(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
-        return encode(prompts, self._tokenizer, sampling, len(self._model.output_weight), self._model.max_positions)
+        return encode(prompts, self._tokenizer, sampling, self._drawn.vocab_size, self._drawn.max_positions)
 
     def _answers(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int],
                  stops: StopStrings) -> list[Answer]:
         """Draw with as many rows as are allowed; where memory runs out, anew with half of them, and from then on."""
         while True:
-            room = self._room(encoded, sampling.max_new_tokens)
+            room = self._drawn.room(encoded, sampling.max_new_tokens, self._most_rows, self._limits.cache_tokens)
             try:
                 return translating_memory_errors(partial(self._decode, encoded, sampling, seed, stops, room))
             except MemoryExhausted as error:
@@ -249,25 +238,20 @@ class TorchSampler:
                         f"{error}; a single answer of up to {room.columns} tokens does not fit beside the model: lower "
                         "rollout.max_new_tokens, data.max_prompt_tokens or engine.prefill_tokens") from None
             self._most_rows = room.rows // 2
-            if self._model.output_weight.is_cuda:
+            if self._drawn.device.type == "cuda":
                 torch.cuda.empty_cache()  # the smaller attempt must not fail on fragments of the larger one
-
-    def _room(self, encoded: Sequence[tuple[int, ...]], new: int) -> Room:
-        limit = 0 if isinstance(self._model, RecurrentLanguageModel) else self._engine.cache_tokens
-        shares = isinstance(self._model, GroupedLanguageModel)
-        return Room.most(encoded, new, self._most_rows, limit, shares=shares)
 
     @torch.inference_mode()
     def _decode(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int], stops: StopStrings,
                 room: Room) -> list[Answer]:
-        model, weight = self._model, self._model.output_weight
+        drawn = self._drawn
         number = {ids: i for i, ids in enumerate(dict.fromkeys(encoded))}
         prompt_of = np.array([number[ids] for ids in encoded])
-        with model.autocast():
-            rows = rows_for(model, room)
-            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._engine.prefill_tokens, room.rows, rows,
-                                weight.device)
-            decoding = Decoding(prompt_of, prefixes, rows, partial(F.linear, weight=weight), room.rows, sampling, seed,
+        with drawn.autocast():
+            rows = drawn.rows(room)
+            prefixes = Prefixes(list(number), np.bincount(prompt_of), self._limits.prefill_tokens, room.rows, rows,
+                                drawn.device)
+            decoding = Decoding(prompt_of, prefixes, rows, drawn.logits, room.rows, sampling, seed,
                                 self._tokenizer.eos, stops)
             answers = decoding.run()
         self.usage = Usage(room.rows, prefixes.count, prefixes.tokens, decoding.steps, decoding.decoded)

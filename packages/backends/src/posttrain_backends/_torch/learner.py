@@ -20,7 +20,7 @@ from posttrain.data import Array, Loss, Metric, Metrics, MicroBatch, Rollouts, T
 from posttrain.errors import ConfigError, Diverged
 from posttrain.loss import SHARED
 from posttrain.ops import ops_of
-from posttrain.protocols import Objective, Optimization, Output, Scorer
+from posttrain.protocols import Objective, Optimization, Output, Sampler, Scorer, Tokenizer
 from torch import Tensor, nn
 
 from posttrain_backends._torch import guard
@@ -50,6 +50,7 @@ from posttrain_backends._torch.one_pass import READ, LossOfChunks, takes_one_pas
 from posttrain_backends._torch.optimizer import NamedAdamW
 from posttrain_backends._torch.sharing import computed
 from posttrain_backends._torch.unadapted import Unadapted
+from posttrain_backends.engines import Batched, require_quantizable
 from posttrain_backends.families.files import HEAD_FILES
 from posttrain_backends.ragged import offsets_of_tokens
 
@@ -289,6 +290,15 @@ class TorchLearner:
         model = self.trunk
         return Unadapted(self, model) if isinstance(model, AdaptedLanguageModel) and model.has_adapter else None
 
+    def sampler(self, tokenizer: Tokenizer, engine: Batched, *, shared: bool) -> Sampler:
+        """What draws from this model; see `posttrain_backends.engines.Decoding`."""
+        from posttrain_backends._torch.drawn import drawn_from
+        from posttrain_backends._torch.generate import TorchSampler
+
+        if engine.quantize is not None:
+            require_quantizable(self, engine.quantize)
+        return TorchSampler(drawn_from(self, engine.quantize, shared=shared), tokenizer, engine, self.version)
+
     # ---- the model that it is compared with
 
     def compare_with(self, reference: Scorer) -> None:
@@ -512,8 +522,7 @@ class TorchLearner:
 
     def load_params(self, items: Iterable[tuple[str, Array]], version: int) -> None:
         """Replace all the model's weights. Raises `ConfigError` where names or shapes do not fit."""
-        given = ((name, torch.as_tensor(x)) for name, x in items)
-        files.copy_named(given, self.trunk.state_dict(), "the given set of weights")
+        files.copy_named(items, self.trunk.state_dict(), "the given set of weights")
         self._version = version
 
     def state(self) -> Mapping[str, np.ndarray]:

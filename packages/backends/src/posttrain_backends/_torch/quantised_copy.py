@@ -13,7 +13,7 @@ import torch
 from posttrain.data import Array
 from torch import Tensor
 
-from posttrain_backends._torch.models.files import copy_named
+from posttrain_backends._torch.models.files import copy_named, tensor_of
 from posttrain_backends._torch.models.interface import LanguageModel
 from posttrain_backends._torch.quantised_layers import put, quantise
 from posttrain_backends.quantization import Quantizer
@@ -33,7 +33,7 @@ class QuantisedCopy:
 
     def load(self, items: Iterable[tuple[str, Array]]) -> None:
         """Take all the policy's weights. Raises `ConfigError` where names or shapes do not fit."""
-        given = {name: torch.as_tensor(x) for name, x in items}
+        given = {name: tensor_of(x) for name, x in items}
         shapes: dict[str, Tensor] = {name: torch.empty_like(given[name]) for name in self._rounded & given.keys()}
         copy_named(given.items(), {**self._plain, **shapes}, "the weights given to the sampler")
         for name in sorted(shapes):

@@ -56,8 +56,8 @@ class Rows(Protocol):
     """The pasts of the rows that are decoded together."""
 
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], Tensor | None]:
-        """[M] ragged tokens of prompts -> hidden [M, H], the past of each prompt, and the experts of each token,
-        [M, L, k] int16, where the model has some."""
+        """[M] ragged tokens of prompts -> hidden [S, H] at the end of each prompt, its past, and the experts of each
+        token, [M, L, k] int16, where the model has some."""
         ...
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
@@ -65,7 +65,8 @@ class Rows(Protocol):
         ...
 
     def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Add a token [n] at `positions` [n] to each of the first n rows -> hidden [n, H]."""
+        """Add a token [n] at `positions` [n] to each of the first n rows -> hidden [n, H], to be read before the next
+        call."""
         ...
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
@@ -129,14 +130,14 @@ class CachedRows:
             self._routed.prefill(tokens, layout, told)
         parts = [slice(int(a), int(b)) for a, b in pairwise(layout.offsets)]
         pasts: list[Past] = [[x[part] for x in (*keys, *values)] for part in parts]
-        return hidden, pasts, None if self._routed is None else told.joined()
+        return hidden[layout.last], pasts, None if self._routed is None else told.joined()
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         where = torch.from_numpy(rows).to(self._device)
         if self._grouped is not None:
             self._prompts.start(rows, prefix.tokens, prefix.past)
         else:
-            _copy_tokens((*self._cache.keys, *self._cache.values), where, prefix.past)
+            copy_tokens((*self._cache.keys, *self._cache.values), where, prefix.past)
         if prefix.routes is not None:
             self._routes[where, :len(prefix.routes)] = prefix.routes
 
@@ -156,7 +157,7 @@ class CachedRows:
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         s, t = (torch.from_numpy(x).to(self._device) for x in (source, target))
-        _move((*self._cache.keys, *self._cache.values), s, t)
+        move_rows((*self._cache.keys, *self._cache.values), s, t)
         self._prompts.move(source, target)
         self._routes[t] = self._routes[s]
 
@@ -178,7 +179,7 @@ class RecurrentRows:
 
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
         hidden, cache = self._model.read(tokens, layout)
-        return hidden, [[x[i] for x in cache.tensors] for i in range(len(layout.last))], None
+        return hidden[layout.last], [[x[i] for x in cache.tensors] for i in range(len(layout.last))], None
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         _copy_states(self._cache.tensors, torch.from_numpy(rows).to(self._device), prefix.past)
@@ -188,7 +189,7 @@ class RecurrentRows:
         return self._model.step(torch.from_numpy(tokens).to(self._device), self._cache, rows)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        _move(self._cache.tensors, *(torch.from_numpy(x).to(self._device) for x in (source, target)))
+        move_rows(self._cache.tensors, *(torch.from_numpy(x).to(self._device) for x in (source, target)))
 
     def routes(self, row: int, length: int) -> None:
         return None
@@ -207,12 +208,12 @@ class HybridRows:
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
         hidden, keys, values, states = self._model.read_pasts(tokens, layout)
         parts = [slice(int(a), int(b)) for a, b in pairwise(layout.offsets)]
-        return hidden, [[*(x[part] for x in (*keys, *values)), *(x[i] for x in states.tensors)]
-                        for i, part in enumerate(parts)], None
+        return hidden[layout.last], [[*(x[part] for x in (*keys, *values)), *(x[i] for x in states.tensors)]
+                                     for i, part in enumerate(parts)], None
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         where = torch.from_numpy(rows).to(self._device)
-        _copy_tokens(self._tokens, where, prefix.past[:len(self._tokens)])
+        copy_tokens(self._tokens, where, prefix.past[:len(self._tokens)])
         _copy_states(self._states, where, prefix.past[len(self._tokens):])
 
     def extend(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
@@ -221,13 +222,13 @@ class HybridRows:
         return self._model.step_at(newest, places, self._cache, rows)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        _move((*self._tokens, *self._states), *(torch.from_numpy(x).to(self._device) for x in (source, target)))
+        move_rows((*self._tokens, *self._states), *(torch.from_numpy(x).to(self._device) for x in (source, target)))
 
     def routes(self, row: int, length: int) -> None:
         return None
 
 
-def _copy_tokens(cells: Sequence[Tensor], where: Tensor, past: Past) -> None:
+def copy_tokens(cells: Sequence[Tensor], where: Tensor, past: Past) -> None:
     """Let the rows `where` of keys or values [B, kv_heads, T, D] begin with those of a prompt [P, kv_heads, D]."""
     for cached, read in zip(cells, past, strict=True):
         same = read.transpose(0, 1).to(cached.dtype).expand(len(where), -1, -1, -1)
@@ -240,7 +241,7 @@ def _copy_states(cells: Sequence[Tensor], where: Tensor, past: Past) -> None:
         cached.index_copy_(0, where, read.to(cached.dtype).expand(len(where), *read.shape))
 
 
-def _move(cells: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
+def move_rows(cells: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
     for layer in cells:
         layer.index_copy_(0, target, layer.index_select(0, source))
 
@@ -254,7 +255,7 @@ class RecomputedRows:
         self._device = model.output_weight.device
 
     def read(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past], None]:
-        return self._model.hidden(tokens, layout), [()] * len(layout.last), None
+        return self._model.hidden(tokens, layout)[layout.last], [()] * len(layout.last), None
 
     def start(self, rows: np.ndarray, prefix: Prefix) -> None:
         self._tokens[rows, :len(prefix.tokens)] = prefix.tokens

@@ -55,12 +55,22 @@ def read_shape(folder: Path) -> Shape:
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError([f"{folder} holds no {CONFIG}"], next_step=NO_FOLDER)
-    config = _flat(json.loads(path.read_text(encoding="utf-8")))
-    if problems := list(_problems(config)):
-        backend = _OTHER_BACKENDS.get(config.get("model_type"), "hf")
+    said = json.loads(path.read_text(encoding="utf-8"))
+    if problems := misfits(said):
+        backend = _OTHER_BACKENDS.get(said.get("model_type"), "hf")
         raise ConfigError(problems, title=f"{path} describes a model the torch backend does not compute:",
                           next_step=f"Use policy: {{use: {backend}, weights: {folder}}} for it.")
-    return _shape(config)
+    return shape_of(said)
+
+
+def misfits(said: Mapping[str, Any]) -> list[str]:
+    """Each thing that a `config.json` says and the native decoder does not compute."""
+    return list(_problems(_flat(said)))
+
+
+def shape_of(said: Mapping[str, Any]) -> Shape:
+    """The shape that a `config.json` without `misfits` describes."""
+    return _shape(_flat(said))
 
 
 def _flat(said: Mapping[str, Any]) -> Config:

@@ -13,11 +13,12 @@ from posttrain.testing.mixing import CombinerContract, ConstraintContract, Gradi
 from posttrain.testing.objectives import ObjectiveContract
 from posttrain.testing.observing import TrackerContract
 from posttrain.testing.planning import BatchingContract, SearcherContract
+from posttrain.testing.scorers import ScorerContract
 from posttrain.testing.text import Example, RewardContract, TaskContract, TokenizerContract
 
 __all__ = [
     "BackendContract", "BatchingContract", "CombinerContract", "ComponentContract", "ConstraintContract",
     "CorrectionContract", "EngineContract", "EstimatorContract", "Example", "GradientCombinerContract", "KLContract",
-    "KernelContract", "ObjectiveContract", "RewardContract", "SearcherContract", "TaskContract", "TokenizerContract",
-    "TrackerContract", "failures",
+    "KernelContract", "ObjectiveContract", "RewardContract", "ScorerContract", "SearcherContract", "TaskContract",
+    "TokenizerContract", "TrackerContract", "failures",
 ]

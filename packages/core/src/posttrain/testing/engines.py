@@ -16,7 +16,7 @@ import pytest
 from posttrain.data import FINISH, Prompt, Rollouts, Sampling
 from posttrain.errors import DataError, PosttrainError
 from posttrain.protocols import Engine, LoadRequest, Sampler, Scorer, Tokenizer
-from posttrain.testing.backends import OnModels
+from posttrain.testing.scorers import OnModels
 from posttrain.testing.tiny_models import (
     LOGPROBS,
     TRAINING,

@@ -38,7 +38,7 @@ COLUMN: Mapping[Need, str] = {
     Need.PREFERRED: "preferred"}
 """Field of `MicroBatch` that each need stands for."""
 OUTPUT: Mapping[Output, str] = {Output.LOGPROBS: "logprobs", Output.ENTROPY: "entropy", Output.VALUES: "values",
-                               Output.ACTION_VALUES: "action_values"}
+                               Output.ACTION_VALUES: "action_values", Output.REFERENCE_KL: "reference_kl"}
 """Field of `TokenOutputs` that each output stands for."""
 WEIGHTS = ("weight", "kl_weight", "value_weight")
 
@@ -90,7 +90,7 @@ def step_of(seed: int, lengths: Sequence[int], group: Sequence[int], *, reject: 
          "behavior_logprobs": old + 0.1 * rng.normal(size=N), "ref_logprobs": old + 0.5 * rng.normal(size=N),
          "old_values": values + 0.4 * rng.normal(size=(k, N)), "preferred": _preferred(rollouts, seed)},
         {"logprobs": old + spread * rng.normal(size=N), "entropy": rng.exponential(size=N), "values": values,
-         "action_values": rng.normal(size=(k, N))})
+         "action_values": rng.normal(size=(k, N)), "reference_kl": rng.exponential(size=N)})
 
 
 def _preferred(rollouts: Rollouts, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from posttrain.data import Array, to_numpy
 from posttrain.errors import ConfigError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,12 +51,18 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def copy_named(source: Iterable[tuple[str, Tensor]], target: Mapping[str, Tensor], what: str) -> None:
-    """Write every source tensor into the target of its name; all names and shapes must fit, or nothing is written.
+def tensor_of(x: Array) -> Tensor:
+    """A tensor as it is; an array of NumPy or JAX, also in bfloat16, as a copy on the CPU."""
+    return x if isinstance(x, Tensor) else torch.tensor(to_numpy(x))
+
+
+def copy_named(source: Iterable[tuple[str, Array]], target: Mapping[str, Tensor], what: str) -> None:
+    """Write every source array, of any framework, into the target of its name; all names and shapes must fit, or
+    nothing is written.
 
     Raises `ConfigError` that lists what is missing, unknown or of another shape.
     """
-    given = dict(source)
+    given = {name: tensor_of(x) for name, x in source}
     require_fitting({name: tuple(t.shape) for name, t in given.items()},
                     {name: tuple(t.shape) for name, t in target.items()}, what)
     with torch.no_grad():
