@@ -15,7 +15,7 @@ import numpy as np
 from posttrain.batching import first_fit
 from posttrain.protocols import Pass, Usage
 
-_LARGE = 0.8
+_LARGE = 0.9
 """Passes of at least this share of the largest remembered one say what a token takes: in smaller ones, what does not
 grow with the tokens counts for too much."""
 _FILLED = 0.5
