@@ -194,7 +194,7 @@ def test_a_clock_that_is_disturbed_does_not_move_a_budget_at_rest() -> None:
 def test_each_use_has_a_budget_of_its_own() -> None:
     component, start = MEMORY, Usage(0, 1000 * MiB, 0)
     state = component.observed(component.init(), "update", Pass(16, 1.0, start, 160 * MiB))
-    assert component.budget(state, "update") == 32 and component.budget(state, "score/policy") == 16
+    assert component.budget(state, "update") == 64 and component.budget(state, "score/policy") == 16
 
 
 def test_what_a_token_takes_at_least_predicts_the_first_budget() -> None:

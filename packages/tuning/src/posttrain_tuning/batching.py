@@ -23,6 +23,8 @@ _FILLED = 0.5
 _TIMED = 4
 """Passes of one size that are timed; the fastest counts, as what disturbs a clock only adds time. Later ones say no
 more, so that the budget comes to rest."""
+_LEAP = 4
+"""Growth where only memory decides and its peaks are known: what a token takes is then seen too large, if anything."""
 _UNPREDICTED = 0.5
 """Share of the free memory that is planned for where only the least is known that a token takes."""
 _AFTER_FAILURE = 0.75
@@ -158,7 +160,8 @@ class Adaptive:
         """Twice as large where the pass filled the budget, and where speed has a reason to go on."""
         if learned.tokens < learned.size or seen.tokens <= _FILLED * learned.tokens or not self._pays(learned, seen):
             return learned
-        return replace(learned, size=min(self.largest, 2 * learned.size))
+        measured = self.knee == 0 and learned.limit and seen.peak
+        return replace(learned, size=min(self.largest, (_LEAP if measured else 2) * learned.size))
 
     def _pays(self, learned: Learned, seen: Pass) -> bool:
         """Whether passes of this size are faster per token than those half as large."""
