@@ -53,7 +53,7 @@ class Device:
 
     def start(self) -> Usage:
         self._peak = self.used
-        return Usage(self.used, self.limit, self.used) if self.tells else Usage()
+        return Usage(self.used, self.limit) if self.tells else Usage()
 
     def peak(self, since: Usage) -> int:
         return self._peak if self.tells else 0
@@ -168,7 +168,7 @@ def test_makes_room_for_the_upper_end_of_what_tokens_take() -> None:
     for _ in range(100):
         tokens = MEMORY.budget(state, "update")
         taken = int(tokens * MiB * (4 / 3 if rng.random() < 0.1 else 1))
-        start = Usage(device.used, device.limit, device.used)
+        start = Usage(device.used, device.limit)
         state = MEMORY.observed(state, "update", Pass(tokens, 1.0, start, device.used + taken))
     assert 0.9 * 750 <= MEMORY.budget(state, "update") <= 750
 
@@ -192,14 +192,14 @@ def test_a_clock_that_is_disturbed_does_not_move_a_budget_at_rest() -> None:
 
 
 def test_each_use_has_a_budget_of_its_own() -> None:
-    component, start = MEMORY, Usage(0, 1000 * MiB, 0)
+    component, start = MEMORY, Usage(0, 1000 * MiB)
     state = component.observed(component.init(), "update", Pass(16, 1.0, start, 160 * MiB))
     assert component.budget(state, "update") == 64 and component.budget(state, "score/policy") == 16
 
 
 def test_what_a_token_takes_at_least_predicts_the_first_budget() -> None:
     """Only the first: what was seen is known better."""
-    component, memory = Adaptive(), Usage(100 * MiB, 1124 * MiB, 100 * MiB)
+    component, memory = Adaptive(), Usage(100 * MiB, 1124 * MiB)
     state = component.prepared(component.init(), "rollout", memory, token_bytes=MiB)
     assert component.budget(state, "rollout") == 512
     state = component.observed(state, "rollout", Pass(512, 1.0, memory, 1100 * MiB))

@@ -1,15 +1,19 @@
 """What the host says of the memory of this process: what is in use, what may be, and the peak. Linux tells all of it.
 
-In use is what `RLIMIT_DATA` counts: private memory that was asked for. The kernel keeps no peak of that, only of what
-was touched (`VmHWM`, which can be reset); a peak is taken to rise in both alike.
+Held is what `RLIMIT_DATA` counts: private memory that was asked for. The kernel keeps no peak of that, only of what was
+touched (`VmHWM`, which can be reset); a peak is taken to rise in both alike. In use is what is held but for what malloc
+was given back and keeps; how much of that is used at a peak nobody knows, so a peak is told only where most of what was
+needed came new.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from posttrain.protocols import Memory, Metered, Usage
 
@@ -31,14 +35,15 @@ class HostMemory:
         if not status:
             return Usage()
         _forget_peak()
-        used = status["VmData"]
-        return Usage(used, used + min(_rooms(status)), status["VmRSS"])
+        held = status["VmData"]
+        return Usage(max(0, held - _kept()), held + min(_rooms(status)), held, status["VmRSS"])
 
     def peak(self, since: Usage) -> int:
         status = _status()
         if not status:
             return 0
-        return max(since.used + status["VmHWM"] - since.resident, status["VmData"])
+        new = max(status["VmHWM"] - since.resident, status["VmData"] - since.held)
+        return since.held + new if 2 * new >= since.held - since.used else 0
 
 
 def memory_of(model: object) -> Memory:
@@ -52,6 +57,29 @@ def _status() -> Mapping[str, int]:
         return {}
     fields = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
     return {name.rstrip(":"): 1024 * int(value) for name, value, *_ in fields}
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's account of malloc, `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+@cache
+def _account() -> Callable[[], Any]:
+    """Where glibc is not the C library, of nothing."""
+    found = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if found is None:
+        return _Mallinfo2
+    found.restype = _Mallinfo2
+    account: Callable[[], Any] = found
+    return account
+
+
+def _kept() -> int:
+    """Bytes that malloc keeps free for later."""
+    return int(_account()().fordblks)
 
 
 def _forget_peak() -> None:

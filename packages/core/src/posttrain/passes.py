@@ -121,7 +121,7 @@ class Passes:
 
     @contextmanager
     def measured(self, tokens: int) -> Iterator[None]:
-        """For the computing of one part; `MemoryExhausted` goes no further than this."""
+        """For the computing of one part; neither `MemoryExhausted` nor `MemoryError` goes further than this."""
         if self._adapting is None or not tokens:
             with self._caught():
                 yield
@@ -138,6 +138,8 @@ class Passes:
             yield
         except MemoryExhausted as error:
             self._failure = error.with_traceback(None)  # its frames hold what no longer fits
+        except MemoryError as error:  # of Python and NumPy, around the model
+            self._failure = MemoryExhausted(str(error) or "Python ran out of memory")
 
     def shrink(self, costs: np.ndarray) -> None:
         """Take a smaller budget; raises `MemoryExhausted` with advice where parts cannot be made smaller."""

@@ -570,10 +570,13 @@ class Usage:
     """Memory of a device at one moment, in bytes."""
 
     used: int = 0
+    """What nobody can have."""
     limit: int = 0
     """What may be in use; 0 where nobody knows."""
+    held: int = 0
+    """What the process was given: beside `used`, what its allocator keeps for later."""
     resident: int = 0
-    """What of `used` has been touched, where the two differ."""
+    """What of `held` was touched."""
 
 
 class Memory(Protocol):
@@ -583,7 +586,7 @@ class Memory(Protocol):
         """The memory now, from which on the peak is watched."""
         ...
     def peak(self, since: Usage) -> int:
-        """The most that was in use since then; 0 where nobody knows."""
+        """The most that was in use since then; 0 where nobody knows, as where all of it was kept from before."""
         ...
 
 

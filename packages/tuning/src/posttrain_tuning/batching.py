@@ -7,7 +7,7 @@ learned from the peaks of real passes; the budget is what the free memory has ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -27,8 +27,8 @@ _LEAP = 4
 """Growth where only memory decides and its peaks are known: what a token takes is then seen too large, if anything."""
 _UNPREDICTED = 0.5
 """Share of the free memory that is planned for where only the least is known that a token takes."""
-_AFTER_FAILURE = 0.75
-"""Share of what did not fit that is tried next, unless more than that is known to fit."""
+_AFTER_FAILURE, _NEARLY = 0.75, 0.9
+"""Shares of what did not fit: what is tried next, and up to where more than that is, if it is known to fit."""
 
 
 @final
@@ -42,8 +42,12 @@ class Learned:
     """The budget as far as speed decides: doubled until it does not pay."""
     limit: int = 0
     """Bytes that may be in use, as last seen; 0 where nobody knows."""
-    passes: tuple[tuple[int, int, int], ...] = ()
-    """The last ones that fitted, oldest first: tokens, bytes in use before, bytes at the peak."""
+    used: int = 0
+    """Bytes that were in use before the first pass of a step, as last seen."""
+    passes: tuple[tuple[int, int], ...] = ()
+    """The last ones that fitted, oldest first: tokens, and bytes above that at the peak, 0 where nobody knows."""
+    each: float = 0.0
+    """Bytes per token that are planned for; 0 where nobody knows."""
     paces: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """Exponent e of passes of 2^(e-1) < tokens <= 2^e -> the most tokens per second, and how many passes there were."""
     ceiling: int = 0
@@ -55,7 +59,7 @@ class Learned:
     """Passes since the ceiling was last moved."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passes", tuple(tuple(x) for x in self.passes))  # JSON made lists of them
+        object.__setattr__(self, "passes", tuple((tokens, taken) for tokens, taken in self.passes))  # JSON has lists
         object.__setattr__(self, "paces", {e: (pace, n) for e, (pace, n) in self.paces.items()})
 
 
@@ -119,7 +123,7 @@ class Adaptive:
 
     def prepared(self, state: Budgets, use: str, memory: Usage, token_bytes: int = 0) -> Budgets:
         new = use not in state.of
-        learned = replace(self._of(state, use), limit=memory.limit)
+        learned = replace(self._of(state, use), limit=memory.limit, used=memory.used)
         if new and token_bytes and memory.limit:
             room = _UNPREDICTED * max(0, memory.limit - memory.used)
             predicted = min(self.largest, max(1, int(room / token_bytes)))
@@ -140,20 +144,23 @@ class Adaptive:
 
     def _remembered(self, learned: Learned, seen: Pass) -> Learned:
         """With a pass that fitted, and a ceiling that is lifted when it has held long enough."""
-        passes = (*learned.passes, (seen.tokens, seen.start.used, seen.peak))[-self.window:]
+        passes = (*learned.passes, (seen.tokens, max(0, seen.peak - learned.used)))[-self.window:]
         e = str(_doublings(seen.tokens))
         pace, n = learned.paces.get(e, (0.0, 0))
         if n < _TIMED and seen.seconds > 0:
             pace, n = max(pace, (seen.work or seen.tokens) / seen.seconds), n + 1
-        learned = replace(learned, passes=passes, paces={**learned.paces, e: (pace, n)}, since=learned.since + 1)
+        learned = replace(learned, passes=passes, paces={**learned.paces, e: (pace, n)}, since=learned.since + 1,
+                          each=_each(passes, self.quantile) or learned.each)
         if learned.ceiling and learned.since >= self.patience * 2 ** learned.failures:
             return replace(learned, ceiling=max(learned.ceiling + 1, int(1.1 * learned.ceiling)), since=0)
         return learned
 
     def _failed(self, learned: Learned, seen: Pass) -> Learned:
-        """With less than what did not fit: as much as is known to fit, where that is not much less."""
-        fitted = max((tokens for tokens, _, _ in learned.passes if tokens < seen.tokens), default=0)
-        ceiling = max(1, min(max(fitted, int(_AFTER_FAILURE * seen.tokens)), seen.tokens - 1))
+        """With less than what did not fit: as much as is known to fit, where that is not much less, unless that is
+        what failed again."""
+        within = (tokens for tokens, _ in learned.passes if tokens <= _NEARLY * seen.tokens)
+        fitted = max(within, default=0) if learned.since or not learned.failures else 0
+        ceiling = max(1, fitted, int(_AFTER_FAILURE * seen.tokens))
         return replace(learned, ceiling=ceiling, ceiling_limit=learned.limit, failures=learned.failures + 1, since=0)
 
     def _grown(self, learned: Learned, seen: Pass) -> Learned:
@@ -175,8 +182,7 @@ class Adaptive:
         if learned.ceiling_limit and learned.limit > 1.02 * learned.ceiling_limit:
             learned = replace(learned, ceiling=0, ceiling_limit=0, since=0)
         most = min(x for x in (learned.size, self.largest, learned.ceiling or learned.size))
-        wanted, held = (max(1, min(most, _fitting(learned, self.quantile, margin)))
-                        for margin in (self.margin, self.margin / 2))
+        wanted, held = (max(1, min(most, _fitting(learned, margin))) for margin in (self.margin, self.margin / 2))
         if wanted <= learned.tokens <= held or learned.tokens < wanted < min(1.01 * learned.tokens, most):
             return learned
         return replace(learned, tokens=wanted)
@@ -191,13 +197,17 @@ def _doublings(tokens: int) -> int:
     return (tokens - 1).bit_length()
 
 
-def _fitting(learned: Learned, quantile: float, margin: float) -> int:
-    """Tokens that there is room for, by what the largest passes took per token above the least in use before any."""
-    known = [x for x in learned.passes if x[2]]
-    if not known or not learned.limit:
+def _each(passes: Sequence[tuple[int, int]], quantile: float) -> float:
+    """An upper quantile of the bytes per token that the largest passes took; 0 where nobody knows of any."""
+    known = [(tokens, taken) for tokens, taken in passes if taken]
+    largest = max((tokens for tokens, _ in known), default=0)
+    each = [taken / tokens for tokens, taken in known if tokens >= _LARGE * largest]
+    return float(np.quantile(each, quantile, method="higher")) if each else 0.0
+
+
+def _fitting(learned: Learned, margin: float) -> int:
+    """Tokens that there is room for, as far as anybody knows."""
+    if not learned.each or not learned.limit:
         return learned.size
-    least, largest = min(used for _, used, _ in known), max(tokens for tokens, _, _ in known)
-    each = [(peak - least) / tokens for tokens, _, peak in known if tokens >= _LARGE * largest]
-    taken = float(np.quantile(each, quantile, method="higher"))
-    room = (1 - margin) * (learned.limit - least)
-    return learned.size if taken <= 0 else max(1, min(int(room / taken), learned.size))
+    room = (1 - margin) * max(0, learned.limit - learned.used)
+    return min(int(room / learned.each), learned.size)

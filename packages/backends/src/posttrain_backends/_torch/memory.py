@@ -24,7 +24,8 @@ class CudaMemory:
         torch.cuda.reset_peak_memory_stats(self._device)
         free, _ = torch.cuda.mem_get_info(self._device)
         used = torch.cuda.memory_allocated(self._device)
-        return Usage(used, torch.cuda.memory_reserved(self._device) + free, used)
+        held = torch.cuda.memory_reserved(self._device)
+        return Usage(used, held + free, held, held)
 
     def peak(self, since: Usage) -> int:
         return torch.cuda.max_memory_allocated(self._device)

@@ -132,9 +132,9 @@ class BatchingContract(ComponentContract):
 
 
 _PASSES = (
-    ("update", Pass(1000, 0.5, Usage(used=10**6, limit=10**7, resident=10**6), peak=3 * 10**6)),
+    ("update", Pass(1000, 0.5, Usage(used=10**6, limit=10**7), peak=3 * 10**6)),
     ("score", Pass(300, 0.1, Usage())),
-    ("update", Pass(2000, 1.0, Usage(used=10**6, limit=10**7, resident=10**6), peak=5 * 10**6)))
+    ("update", Pass(2000, 1.0, Usage(used=10**6, limit=10**7), peak=5 * 10**6)))
 """Some as a planner may be told of them: use, and what was seen."""
 
 
