@@ -459,6 +459,32 @@ class Reporting(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """For how many tokens a rollout had room."""
+
+    tokens: int
+    ran_out: int = 0
+    """The least room with which memory ran out before; 0 where it did not."""
+
+
+@runtime_checkable
+class Rationed(Protocol):
+    """What a sampler may be beside `Sampler`: one that can be told of how many tokens to keep keys and values at once.
+    What it draws does not depend on it."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values; 0 where the sampler keeps none, and cannot be told."""
+        ...
+    def ration(self, tokens: int) -> None:
+        """Keep no more from now on; those of one answer at least."""
+        ...
+    def kept(self) -> Kept:
+        """In the last rollout. A sampler itself makes do with less where memory runs out."""
+        ...
+
+
 class Engine(Protocol):
     """A rollout engine. `shared` lets the sampler read the policy's own arrays, so that `sync` copies nothing."""
 
@@ -548,6 +574,79 @@ class Batching(Protocol):
     @property
     def tokens(self) -> int:
         """The budget to begin with."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Memory of a device at one moment, in bytes."""
+
+    used: int = 0
+    """What nobody can have."""
+    limit: int = 0
+    """What may be in use; 0 where nobody knows."""
+    held: int = 0
+    """What the process was given: beside `used`, what its allocator keeps for later."""
+    resident: int = 0
+    """What of `held` was touched."""
+
+
+class Memory(Protocol):
+    """What a device says of its memory."""
+
+    def start(self) -> Usage:
+        """The memory now, from which on the peak is watched."""
+        ...
+    def peak(self, since: Usage) -> int:
+        """The most that was in use since then; 0 where nobody knows, as where all of it was kept from before."""
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """What a scorer or a sampler may be beside its kind: one that computes on a device with memory of its own. Of the
+    others the host's memory is watched."""
+
+    def memory(self) -> Memory: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One part that went through a model, or through all models that are trained on it."""
+
+    tokens: int
+    """What the budget is of."""
+    seconds: float
+    start: Usage
+    peak: int = 0
+    """Bytes in use at the most; 0 where nobody knows."""
+    failed: bool = False
+    """Memory ran out."""
+    work: int = 0
+    """Tokens computed in that time, where they are not `tokens`; 0 where they are."""
+
+
+_B = TypeVar("_B")
+
+
+@runtime_checkable
+class Adapting(Protocol[_B]):
+    """What a batching may be beside `Batching`: one that learns from each pass how large the next may be.
+
+    Its state is a frozen dataclass of plain values that is made anew from what `asdict` and JSON made of it. A `use` is
+    a kind of pass with a budget of its own: `update`, the scoring of each model, `rollout`.
+    """
+
+    def init(self) -> _B: ...
+    def prepared(self, state: _B, use: str, memory: Usage, token_bytes: int = 0) -> _B:
+        """The state before passes of one use, with the memory as it is now; `token_bytes` are those that a token is
+        known to take at least."""
+        ...
+    def budget(self, state: _B, use: str) -> int:
+        """Tokens of the next part."""
+        ...
+    def observed(self, state: _B, use: str, seen: Pass) -> _B:
+        """The state after a pass. After a failed one the budget is smaller than what failed."""
         ...
 
 

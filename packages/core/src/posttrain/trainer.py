@@ -24,6 +24,7 @@ from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.loss import REFERENCE_KL
 from posttrain.off_policy import weighs
+from posttrain.passes import Budget, drawn
 from posttrain.protocols import (
     KL,
     Batching,
@@ -120,11 +121,11 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     """One iteration: the next state, what was measured, and the rollouts for a look at them."""
     step = state.step + 1
     with phases("rollout"):
-        fresh, cursor, metrics = gather(parts, settings, state, step, phases)
+        fresh, state, metrics = gather(parts, settings, state, step, phases)
     rollouts, replay = state.replay.mixed(
         fresh, step, capacity=settings.replay.capacity, reuse=settings.replay.reuse, max_age=settings.replay.max_age,
         rng=np.random.default_rng((settings.seed, step, 1)))
-    state = replace(state, step=step, cursor=cursor, replay=replay)
+    state = replace(state, step=step, replay=replay)
     if not learnable(rollouts, parts.columns).any():
         log.warning("step %d: no episode is left to learn from (all groups filtered, or no reward applies); no update "
                     "is made", step)
@@ -168,16 +169,18 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
 
 
 def gather(parts: Parts, settings: Settings, state: RunState, step: int,
-           phases: Phases) -> tuple[Rollouts, int, Metrics]:
-    """Generate and reward; where asked, drop groups without variance and draw other prompts in their place."""
+           phases: Phases) -> tuple[Rollouts, RunState, Metrics]:
+    """Generate and reward, and go on in the task; where asked, drop groups without variance and draw other prompts in
+    their place."""
     rollout = settings.rollout
-    wanted, cursor, kept, dropped = rollout.prompts_per_step, state.cursor, [], 0
+    wanted, cursor, budget, kept, dropped = rollout.prompts_per_step, state.cursor, state.budget, [], 0
     metrics = Metrics()
     for attempt in range(1 + rollout.max_refills * rollout.filter_zero_variance):
         prompts = parts.source.take(cursor, wanted, settings.seed)
         grouped = [replace(p, group=cursor + i) for i, p in enumerate(prompts) for _ in range(rollout.group_size)]
         cursor += len(prompts)
-        rollouts = parts.sampler.rollout(grouped, sampling_of(settings), (settings.seed, step, attempt))
+        rollouts, budget = drawn(parts.sampler, grouped, sampling_of(settings), (settings.seed, step, attempt),
+                                 parts.batching, budget)
         if isinstance(parts.sampler, Reporting):
             metrics += reported(parts.sampler.metrics())
         with phases("reward"):
@@ -198,7 +201,7 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
             break
     if rollout.filter_zero_variance:
         metrics += {"rollout/filtered_groups": Metric(dropped, reduction="sum")}
-    return Rollouts.concat(kept), cursor, metrics
+    return Rollouts.concat(kept), replace(state, cursor=cursor, budget=budget), metrics
 
 
 def reported(metrics: Metrics) -> Metrics:
@@ -231,7 +234,7 @@ def with_greedy(parts: Parts, settings: Settings, rollouts: Rollouts,
     return replace(rollouts, greedy_rewards=totals, excluded={**rollouts.excluded, **excluded}), failures
 
 
-def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations, int]:
+def annotate(parts: Parts, rollouts: Rollouts, budget: Budget) -> tuple[Annotations, Budget]:
     """Ask the models for exactly what some part needs, and for log-probs where the sampler's are no numbers. Raises
     `ConfigError` where the sampler did not say what some part needs."""
     if Need.BEHAVIOR_LOGPROBS in parts.needs and rollouts.behavior_logprobs is None:
@@ -245,17 +248,20 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
     wanted = needed_outputs(parts.needs) if parts.critic is parts.policy else frozenset[Output]()
     replaced = Need.BEHAVIOR_LOGPROBS in parts.needs and not known_to_sampler(rollouts).all()
     if Need.LOGPROBS in parts.needs or wanted or replaced:
-        out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget)
+        out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget,
+                            "score/policy")
         notes = Annotations(out.logprobs, out.entropy).with_critic(out)
     rollouts = replace(rollouts, routes=None)  # the others have routers of their own, if any
     if parts.critic is not None and parts.critic is not parts.policy:
-        out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget)
+        out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget, "score/critic")
         notes = notes.with_critic(out)
     if parts.reference is not None and Need.REF_LOGPROBS in parts.needs:
-        out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
+        out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget,
+                            "score/reference")
         notes = replace(notes, ref_logprobs=out.logprobs)
     if parts.initial is not None:
-        out, budget = score(parts.initial, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
+        out, budget = score(parts.initial, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget,
+                            "score/initial")
         notes = replace(notes, initial_logprobs=out.logprobs)
     for entry in parts.rewards:
         if entry.bootstrap:
