@@ -1,13 +1,24 @@
-"""What posttrain-tuning offers to the registry: no component in this version. Imports nothing heavy."""
+"""What posttrain-tuning offers to the registry. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from posttrain.hookspecs import Component, hookimpl
 
 
 @hookimpl
 def components() -> Iterable[Component]:
-    """No searcher and no batching planner yet: naming one in a configuration is refused by the registry."""
-    return ()
+    """Searchers."""
+    yield Component("searcher", "optuna", "posttrain_tuning.optuna:Optuna",
+                    "TPE, GP, CMA-ES, NSGA-II, NSGA-III, random, grid",
+                    source="Akiba et al. 2019, arXiv 1907.10902", extra="optuna")
+
+
+@hookimpl
+def commands(app: Any) -> None:
+    """`posttrain tune`."""
+    from posttrain_tuning.command import tune
+
+    app.command("tune")(tune)
