@@ -12,8 +12,8 @@ from posttrain_tuning.search.study import Study, Trial
 
 
 def promoted(study: Study, rungs: int, factor: int, last: bool) -> Trial | None:
-    """The waiting trial that goes on next; None where none is among the best of its rung. With `last` no trial will
-    reach a rung any more below which nothing goes on, so that one trial of a rung goes on however few there are.
+    """The waiting trial that goes on next; None where none is among the best of its rung. With `last` no trial
+    will begin any more: of a rung with fewer than `factor` the best one goes on, so that one comes to its end.
 
     >>> from posttrain.search import Goal
     >>> trials = [Trial(i, {}, "waiting", (x,)) for i, x in enumerate((0.1, 0.3, 0.2))]
@@ -21,14 +21,21 @@ def promoted(study: Study, rungs: int, factor: int, last: bool) -> Trial | None:
     1
     >>> promoted(Study((Goal("reward"),), tuple(trials[:2])), 1, 3, last=False)
     """
+    counts = [len(ranked(study, rung)) // factor for rung in range(rungs)]
     for rung in reversed(range(rungs)):
-        reached = ranked(study, rung)
-        below = any(t.status in ("asked", "waiting") and len(t.rungs) <= rung for t in study.trials)
-        count = len(reached) // factor or (1 if last and not below else 0)
-        for trial in reached[:count]:
-            if trial.status == "waiting" and len(trial.rungs) == rung + 1:
-                return trial
+        if (trial := _waiting(study, rung, counts[rung])) is not None:
+            return trial
+    for rung in range(rungs) if last else ():
+        coming = any(t.status == "asked" and len(t.rungs) <= rung for t in study.trials)
+        if not counts[rung] and not coming and (trial := _waiting(study, rung, 1)) is not None:
+            return trial
     return None
+
+
+def _waiting(study: Study, rung: int, count: int) -> Trial | None:
+    """The first of the best `count` trials of a rung that has not gone on from it."""
+    best = ranked(study, rung)[:count]
+    return next((t for t in best if t.status == "waiting" and len(t.rungs) == rung + 1), None)
 
 
 def ranked(study: Study, rung: int) -> Sequence[Trial]:

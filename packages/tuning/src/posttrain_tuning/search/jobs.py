@@ -27,6 +27,8 @@ from posttrain_tuning.search.study import Trial
 
 LOGS, LEASES = "logs", "leases"
 """Folders in that of a study: what trials wrote to the terminal, and who has them."""
+LINES = 3
+"""Of a log that say why a trial failed: the end of a traceback, or an error with what to do."""
 GIVEN_UP: Mapping[int, str] = {Diverged.exit_code: "diverged", MemoryExhausted.exit_code: "memory ran out"}
 """Exit codes of runs that are hopeless."""
 
@@ -146,7 +148,7 @@ def outcome(plan: Plan, job: Job, code: int) -> dict[str, Any]:
     if code in GIVEN_UP:
         return {**taken, "result": [], "status": "pruned", "reason": GIVEN_UP[code]}
     if code > 0:
-        return {**taken, "status": "failed", "reason": f"{_last_line(plan, trial)} (exit code {code})"}
+        return {**taken, "status": "failed", "reason": f"{_last_lines(plan, trial)} (exit code {code})"}
     if missing := _missing(plan, records):
         return {**taken, **measured, "status": "failed", "reason": f"no finite {missing} was measured"}
     ends, step = plan.ends(trial.values), measured["step"]
@@ -173,10 +175,11 @@ def _missing(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
     return next((name for name, value in zip(plan.metrics, found) if value is None), "")
 
 
-def _last_line(plan: Plan, trial: Trial) -> str:
+def _last_lines(plan: Plan, trial: Trial) -> str:
     log = plan.directory / LOGS / f"{plan.run(trial.number).name}.txt"
     lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")[:300]
+    said = [line.strip() for line in lines if line.strip()][-LINES:]
+    return "; ".join(said) or "it said nothing"
 
 
 def signal_name(number: int) -> str:

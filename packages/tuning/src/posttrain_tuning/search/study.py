@@ -106,8 +106,8 @@ class Record:
 
     def __init__(self, directory: Path, goals: Sequence[Goal]) -> None:
         """Raises `DataError` where a line cannot be read."""
-        self._lines = JsonLines(directory / RECORD)
         self.study = read(directory, goals)
+        self._lines = JsonLines(directory / RECORD)
 
     def append(self, number: int, **changes: Any) -> Trial:
         """What changed of a trial; returns the trial."""
