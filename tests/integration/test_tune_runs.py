@@ -320,3 +320,32 @@ def test_trials_in_mlflow_are_shown_under_one_of_the_study(tmp_path: Path) -> No
     assert 'trackers.mine.parent="study"' in plan.of_run(0, values)
     named = read(plan.file, ["trackers.mine.parent=sweep"], discover())
     assert not [text for text in named.of_run(0, values) if text.endswith('"study"')], "the user's own stays"
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "tuning.md"
+
+
+def test_the_page_of_the_docs_names_every_key_and_its_default() -> None:
+    from dataclasses import fields
+
+    from posttrain_tuning.search.plan import TuneSettings
+
+    table = DOCS.read_text().split("## Keys of the block")[1].split("\n\n")[1].splitlines()[2:]
+    said = {cells[1].strip().strip("`"): cells[2].strip().strip("`") for cells in (line.split("|") for line in table)}
+    assert set(said) == {"space", *(f.name for f in fields(TuneSettings))}
+    ours = TuneSettings()
+    assert all(said[name] == str(getattr(ours, name)).removesuffix(".0") for name in ("trials", "workers", "hours",
+                                                                                    "searcher", "retries"))
+    assert [o.metric for o in ours.objectives] == ["eval/reward/mean"] and "eval/reward/mean" in said["objectives"]
+
+
+@pytest.mark.needs("posttrain_objectives")
+def test_the_example_of_the_docs_is_a_plan(tmp_path: Path) -> None:
+    from posttrain_tuning.search.plan import read
+
+    written(tmp_path)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "tune.yaml").write_text(next(t for t in DOCS.read_text().split("```") if t.startswith("\n# tune.yaml")))
+    plan = read(tmp_path / "tune.yaml", [], discover())
+    assert plan.directory == Path("runs/tune-study") and plan.settings.trials == 24
+    assert [name for name, _, always in plan.space.parameters() if not always] == ["kl=adaptive.target"]
