@@ -6,6 +6,7 @@ that is killed and is found again by its lease.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,8 @@ from posttrain_tuning.search.study import Trial
 
 LOGS, LEASES = "logs", "leases"
 """Folders in that of a study: what trials wrote to the terminal, and who has them."""
+TAIL = 65536
+"""Bytes at the end of a file of metrics that hold its last line."""
 LINES = 3
 """Of a log that say why a trial failed: the end of a traceback, or an error with what to do."""
 GIVEN_UP: Mapping[int, str] = {Diverged.exit_code: "diverged", MemoryExhausted.exit_code: "memory ran out"}
@@ -55,6 +58,18 @@ class Job:
     @property
     def lease(self) -> worker.Lease | None:
         return worker.read(lease_of(self.plan, self.trial.number))
+
+    @property
+    def step(self) -> int:
+        """The last step that it wrote down; 0 before the first."""
+        path = self.plan.run(self.trial.number) / METRICS
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - TAIL))
+                last = file.read().split(b"\n")[-2]
+            return int(json.loads(last)["step"])
+        except (OSError, ValueError, LookupError):
+            return 0
 
     def ended(self) -> int | None:
         """Exit code, minus a signal's number where it was killed; None while it lives."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from posttrain.errors import ConfigError, PosttrainError, Problem, RunInUse
+from posttrain.progress import OFTEN, doing
 from posttrain.protocols import Search
 from posttrain.run import Interrupted, StopRequest, stop_requests
 
@@ -77,6 +78,17 @@ class _Running:
             if trial.status == "asked" and (job := jobs.adopted(self.plan, trial, self._slot())) is not None:
                 self.jobs[trial.number] = job
                 self.tell(f"{self._place(trial)}: still runs, and is watched again")
+        with doing("running trials") as say:
+            self._rounds(say)
+        if self.stop.requested:
+            raise Interrupted("stopped by signal; trials under way are saved\ngo on with: " + shlex.join(
+                ["posttrain", "tune", str(self.plan.file), *self.plan.overrides]))
+        if not self._late:
+            self._leave_waiting()
+
+    def _rounds(self, say: Tell) -> None:
+        """Start what can be started and look at what runs, again and again."""
+        said = 0.0
         while True:
             while not self.stop.requested and len(self.jobs) < self.plan.settings.workers:
                 following = self._next()
@@ -84,14 +96,19 @@ class _Running:
                     break
                 self.jobs[following.number] = jobs.start(self.plan, following, self._slot())
             if not self.jobs:
-                break
+                return
             time.sleep(TICK)
             self._watch()
-        if self.stop.requested:
-            raise Interrupted("stopped by signal; trials under way are saved\ngo on with: " + shlex.join(
-                ["posttrain", "tune", str(self.plan.file), *self.plan.overrides]))
-        if not self._late:
-            self._leave_waiting()
+            if (now := time.monotonic()) >= said + OFTEN:
+                say(self._under_way())
+                said = now
+
+    def _under_way(self) -> str:
+        """`4 of 24 trials are over; trial-0004 at step 20 of 60`"""
+        over = sum(t.is_over for t in self.record.study.trials)
+        running = [f"{self.plan.run(n).name} at step {job.step} of {self.plan.ends(job.trial.values)[job.trial.end]}"
+                   for n, job in sorted(self.jobs.items())]
+        return f"{over} of {self.plan.settings.trials} trials are over; {', '.join(running)}"
 
     @property
     def _late(self) -> bool:
