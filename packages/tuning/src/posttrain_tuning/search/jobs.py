@@ -112,15 +112,18 @@ def start(plan: Plan, trial: Trial, slot: int) -> Job:
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, str(lease_of(plan, trial.number)), *command, "--quiet"],
+            [sys.executable, "-m", worker.__name__, str(lease_of(plan, trial.number)), str(trial.end), *command,
+             "--quiet"],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=environment(plan, slot))
     return Job(trial, plan, slot, process)
 
 
 def adopted(plan: Plan, trial: Trial, slot: int) -> Job | None:
-    """The process that another study started for a trial, if it lives."""
+    """The process that another study started for a trial, if it lives or came to an end that nobody has seen."""
     lease = worker.read(lease_of(plan, trial.number))
-    return Job(trial, plan, slot, None) if lease is not None and lease.alive else None
+    if lease is None or lease.rung != trial.end or not (lease.alive or lease.exit is not None):
+        return None
+    return Job(trial, plan, slot, None)
 
 
 def environment(plan: Plan, slot: int) -> dict[str, str]:

@@ -77,7 +77,7 @@ class _Running:
         for trial in self.record.study.trials:
             if trial.status == "asked" and (job := jobs.adopted(self.plan, trial, self._slot())) is not None:
                 self.jobs[trial.number] = job
-                self.tell(f"{self._place(trial)}: still runs, and is watched again")
+                self.tell(f"{self._place(trial)}: found again")
         with doing("running trials") as say:
             self._rounds(say)
         if self.stop.requested:

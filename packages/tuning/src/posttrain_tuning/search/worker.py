@@ -1,5 +1,5 @@
-"""The process of a trial: `python -m posttrain_tuning.search.worker LEASE ARGUMENTS...` is `posttrain ARGUMENTS...`
-under a lease.
+"""The process of a trial: `python -m posttrain_tuning.search.worker LEASE RUNG ARGUMENTS...` is `posttrain
+ARGUMENTS...` under a lease.
 
 A lease is a file that says which process has the trial, and later how it ended; its lock says whether that process
 lives, also to a study that did not start it.
@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -33,6 +33,8 @@ class Lease:
     started: float
     """Time at which the process was made, by which it is told from a later one of the same number."""
     host: str
+    rung: int
+    """Number of the rung, or the end behind all of them, that it is to reach."""
     exit: int | None = None
     """How it ended; None while it lives, or where it was killed."""
 
@@ -79,13 +81,13 @@ def main(arguments: Sequence[str]) -> int:
         lock.acquire(timeout=0 if before is not None and before.alive else PATIENCE)
     except Timeout:
         return TAKEN
-    lease = Lease(os.getpid(), psutil.Process().create_time(), socket.gethostname())
+    lease = Lease(os.getpid(), psutil.Process().create_time(), socket.gethostname(), int(arguments[1]))
     write(path, lease)
     code = 1
     try:
-        code = _command(arguments[1:])
+        code = _command(arguments[2:])
     finally:
-        write(path, Lease(lease.pid, lease.started, lease.host, code))
+        write(path, replace(lease, exit=code))
     return code
 
 
