@@ -26,9 +26,10 @@ TESTS: dict[str, tuple[str, ...]] = {
                    "tests/contracts/test_kl.py", "tests/contracts/test_mixing_objectives.py",
                    "tests/oracles/test_losses.py", "tests/oracles/test_mixing.py", "tests/oracles/test_pareto.py"),
     "backends": ("tests/backends", "tests/contracts/test_models.py"),
+    "tuning": ("tests/tuning",),
     "core": ("tests/core", "tests/contracts"),
 }
-"""Package -> its tests; of core those that belong to no other. (Tuning has no component yet, so no test.)"""
+"""Package -> its tests; of core those that belong to no other."""
 OF_THE_REPOSITORY = ("tests/core/test_component_pages.py", "tests/core/test_docs.py", "tests/core/test_guide.py",
                      "tests/core/test_packaging.py")
 """Tests of its pages and of all its distributions together."""
@@ -45,6 +46,7 @@ MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
     "estimators": LIBRARIES[:4], "objectives": (*LIBRARIES[:4], "moocore"),
     "backends": ("jax", "transformers", "peft", "triton", "posttrain_objectives", "bitsandbytes", "torchao", "xformers",
                  "fla", "mamba_ssm"),
+    "tuning": ("torch", "scipy", "cmaes"),
     "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
 
 

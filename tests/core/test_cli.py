@@ -298,8 +298,7 @@ def test_recipe_is_no_kind_of_component() -> None:
      ["left out by POSTTRAIN_BLOCK: posttrain-core", "no batching is installed",
       "  first_fit: in posttrain-core, which POSTTRAIN_BLOCK leaves out: take it out of there"]),
     ("searcher", {}, ["no searcher is installed",
-                      "  none is in posttrain's own packages; to see one of yours: posttrain plugins searcher --plugin "
-                      "FILE_OR_MODULE"]),
+                      "  optuna: in posttrain-tuning, which is not installed: pip install 'posttrain-tuning[optuna]'"]),
 ])
 def test_a_kind_of_which_nothing_is_installed_says_who_has_some(
         capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, environ: dict[str, str],

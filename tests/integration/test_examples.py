@@ -29,7 +29,7 @@ def test_the_files_are_right(name, tmp_path):
     assert loaded.settings.tokenizer.eos == "<|im_end|>"
 
 
-@pytest.mark.parametrize("name", ["rl", "hf", "qlora", "moe", "ssm"])
+@pytest.mark.parametrize("name", ["rl", "hf", "qlora", "moe", "ssm", "tune"])
 def test_the_files_of_the_demo_are_right_and_short(name, tmp_path):
     shutil.copytree(ADDITION, tmp_path / "examples" / "addition", ignore=shutil.ignore_patterns("data"))
     (tmp_path / "examples" / "addition" / "data").mkdir()

@@ -48,6 +48,8 @@ from posttrain.schema import Settings
 
 SHARED_CRITIC = "policy"
 """`critic: policy` names no component: values come from a head on the policy's trunk."""
+ASIDE = ("tune",)
+"""Blocks that stand in a configuration for a command of a plugin; a run passes over them."""
 _DEFAULT = "default"
 """Where a value stands that nobody wrote."""
 _ABSENT = (None, {"use": "none"})
@@ -204,6 +206,8 @@ def _merged(source: Path | Mapping[str, Any], overrides: Sequence[str],
         raise ConfigError(reading.problems)
     base = source.resolve().parent if isinstance(source, Path) else Path.cwd()
     given += [layer for text in overrides for layer in read_setting(text, Path.cwd(), reading)]
+    for layer in given:
+        layer.tree = {key: value for key, value in layer.tree.items() if key not in ASIDE}
     chosen = next((layer for layer in reversed(given) if "recipe" in layer.tree), None)
     layers = [_layer(_defaults(Settings), _DEFAULT, base)]
     if chosen is not None and (name := chosen.tree["recipe"]) is not None:

@@ -86,6 +86,8 @@ class Diverged(PosttrainError):
 class MemoryExhausted(PosttrainError):
     """A backend ran out of memory. After it only `Learner.discard()` is legal; core then plans smaller parts."""
 
+    exit_code = 5
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'vtrace'?"` for the nearest known name, or nothing.

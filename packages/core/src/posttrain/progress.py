@@ -31,16 +31,16 @@ class Activity:
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Says that the block is under way.
+def doing(what: str) -> Iterator[Callable[[str], None]]:
+    """Says that the block is under way. What it gives takes what is to be said from then on.
 
-    >>> with doing("loading the policy"):
-    ...     pass
+    >>> with doing("loading the policy") as say:
+    ...     say("loading the policy: 2 of 3 files")
     """
     activity, start = Activity(), time.monotonic()
     _say(logging.DEBUG, activity, what)
     try:
-        yield
+        yield lambda text: _say(logging.DEBUG, activity, text)
     finally:
         activity.over, seconds = True, time.monotonic() - start
         _say(_level(seconds >= QUIET), activity, f"{what}: {seconds:.0f} s")

@@ -2,7 +2,8 @@
 
 A component is a final frozen dataclass whose fields are its configuration; no base class is needed, its shape decides.
 What must be loaded before use (a model, an engine, a task) has a light component with one loading method, and a
-protocol for the loaded thing. The list of kinds is closed: only core adds one. Knows `data.py` alone.
+protocol for the loaded thing. The list of kinds is closed: only core adds one. Knows `data.py` and
+`search.py` alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from posttrain.data import (
 )
 from posttrain.hookspecs import KINDS as KINDS
 from posttrain.ops import Ops
+from posttrain.search import Goal, Result, Space, Values
 
 
 class Need(StrEnum):
@@ -739,11 +741,28 @@ class Tracker(Protocol):
     def start(self, run: ObservedRun) -> TrackerSession: ...
 
 
-class Searcher(Protocol):
-    """Proposes configurations and learns from their results."""
+class Search(Protocol):
+    """A searcher at work on one study. Trials are numbered from 0; several may be under way at once."""
 
-    def ask(self) -> Mapping[str, Any]: ...
-    def tell(self, trial: Mapping[str, Any], values: Mapping[str, float]) -> None: ...
+    def ask(self, trial: int) -> Values | None:
+        """Values of a trial, in the space; None where nothing is left to try. Asked again for a trial, also by a new
+        process on the same folder, it answers the same."""
+        ...
+    def tell(self, trial: int, result: Result) -> None:
+        """What became of a trial that was asked for, in any order. Told again the same, it does nothing."""
+        ...
+
+
+class Searcher(Protocol):
+    """Proposes configurations and learns from their results. What belongs to one study lives in the search."""
+
+    def problems(self, space: Space, goals: Sequence[Goal]) -> Iterable[str]:
+        """Why it cannot search for these; nothing where it can. Said before the first trial, so it starts nothing."""
+        ...
+    def start(self, space: Space, goals: Sequence[Goal], directory: Path) -> Search:
+        """Goes on with what an earlier search in the folder was told, if it keeps that there; whoever starts it tells
+        it everything again in any case. May import what is heavy."""
+        ...
 
 
 __all__ = [name for name in dir() if name[0].isupper()]

@@ -259,12 +259,12 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
         log.warning("the run ended at a KL to the reference of %.3g per action, above stop.kl %g; raise stop.kl to go "
                     "on", run.state.ended_at_kl, settings.stop.kl)
         return
-    while run.state.step < settings.steps:
+    while run.state.step < settings.steps and not ended_after(run):
         start = time.perf_counter()
         run.state, metrics, rollouts = advance(parts, settings, run.state, phases)
         step, over = run.state.step, over_kl(settings, metrics)
         run.state = replace(run.state, ended_at_kl=metrics[REFERENCE_KL].value if over else 0.0)
-        last = over or step == settings.steps
+        last = over or step in (settings.steps, settings.stop.after)
         if run.loop == "rl":
             files.append_samples(step, samples(rollouts, "train", 2))
         if every and (step % every == 0 or last):
@@ -283,6 +283,15 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
                         "run is saved, and goes on by: posttrain resume %s stop.kl=0", step, settings.steps,
                         metrics[REFERENCE_KL].value, settings.stop.kl, run.directory)
             return
+
+
+def ended_after(run: Run) -> bool:
+    """Whether the run is to go no further for now."""
+    over = 0 < run.settings.stop.after <= run.state.step
+    if over:
+        log.warning("ended after step %d of %d, as stop.after asks; the run is saved, and goes on by: posttrain resume "
+                    "%s stop.after=0", run.state.step, run.settings.steps, run.directory)
+    return over
 
 
 def over_kl(settings: Settings, metrics: Metrics) -> bool:

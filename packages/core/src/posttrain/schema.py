@@ -192,9 +192,11 @@ class StopSettings:
 
     kl: float = 0.0
     """The KL to the reference per action is above this; 0 never."""
+    after: int = 0
+    """This step, while schedules and all else go by `steps`: the run is as if it was interrupted there. 0 never."""
 
     def __post_init__(self) -> None:
-        not_negative(self, "kl")
+        not_negative(self, "kl", "after")
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.protocols import Adapting, Batching, Pass, Searcher, Usage
+from posttrain import search
+from posttrain.protocols import Adapting, Batching, Pass, Search, Searcher, Usage
 from posttrain.testing.contract import EXAMPLES, ComponentContract, named
 
 
@@ -143,75 +145,115 @@ def _problems() -> tuple[st.SearchStrategy[list[int]], st.SearchStrategy[int]]:
     return st.lists(st.integers(0, 60), max_size=30), st.integers(1, 100)
 
 
+SPACE = search.read({
+    "optimizer.lr": {"log_uniform": [1e-6, 1e-2]}, "rollout.group_size": {"choice": [4, 8, 16]},
+    "update.epochs": {"int": [1, 4]},
+    "kl": {"choice": ["none", {"use": "fixed", "coef": {"uniform": [0.0, 1.0]}}]}}, (), lambda key, message: None)
+"""What searchers are asked to search: every kind of range but one, and a parameter that exists with one option only."""
+
+
 class SearcherContract(ComponentContract):
     """Contract of searchers (`posttrain.protocols.Searcher`).
 
-    The fields of a searcher are its configuration; what it has learned is no field that `init` takes, so that a copy
-    made of the fields begins anew.
+    The fields of a searcher are its configuration; what it learns belongs to the search that it starts in a folder.
     """
 
     kind = "searcher"
     protocol = Searcher
-    measured: ClassVar[tuple[str, ...]] = ("reward",)
-    """Names of the values that are told of a trial."""
+    space: ClassVar[search.Space] = SPACE
+    """What is searched, for a searcher that does not take `SPACE`."""
+    goals: ClassVar[tuple[search.Goal, ...]] = (search.Goal("reward"),)
+    """What is told of a trial."""
 
-    def contains(self, component: Any, trial: Mapping[str, Any]) -> bool:
-        """Whether a trial lies in the space that the component was configured with."""
-        pytest.fail(f"{type(self).__name__} does not say what the space is; write "
-                    "def contains(self, component, trial) -> bool: ...", pytrace=False)
+    def test_takes_the_space(self, component: Any) -> None:
+        """What it cannot search it says before the first trial, in words."""
+        problems = list(component.problems(self.space, self.goals))
+        assert problems == [], f"{named(component)} refuses: {problems}; give the contract a space and goals it takes"
 
-    def test_asks_for_plain_values_of_its_space(self, component: Any) -> None:
-        """A trial becomes overrides of a configuration: text keys, values that YAML and JSON hold."""
-        for trial in self._search(component, 8):
-            assert all(isinstance(key, str) for key in trial), f"keys of a trial are text, got {trial!r}"
+    def test_asks_for_plain_values_of_its_space(self, component: Any, tmp_path: Path) -> None:
+        """A trial becomes overrides of a configuration: values that YAML and JSON hold, each parameter that exists."""
+        for trial in self._search(component, tmp_path, 8):
             try:
                 again = json.loads(json.dumps(dict(trial), allow_nan=False))
             except (TypeError, ValueError) as error:
                 pytest.fail(f"a trial is not plain data ({error}): {trial!r}; convert NumPy's numbers", pytrace=False)
             assert again == trial, f"the trial {trial!r} came back from JSON as {again!r}"
-            assert self.contains(component, trial), f"the trial {trial!r} lies outside the declared space"
+            assert self.space.contains(trial), f"the trial {trial!r} lies outside the space"
 
-    def test_equal_searchers_ask_alike(self, component: Any) -> None:
+    def test_equal_searchers_ask_alike(self, component: Any, tmp_path: Path) -> None:
         """A search is repeated by its seed, and the state of one does not leak into another."""
-        first, second = self._search(component, 8), self._search(component, 8)
-        assert first == second, f"two new searchers with the same fields asked for\n{first}\nand\n{second}"
+        first, second = (self._search(component, tmp_path / name, 8) for name in ("first", "second"))
+        assert first == second, f"two new searches with the same fields asked for\n{first}\nand\n{second}"
 
-    def test_looks_around(self, component: Any) -> None:
+    def test_looks_around(self, component: Any, tmp_path: Path) -> None:
         """Asking again and again for one point is no search."""
-        assert len({json.dumps(dict(t), sort_keys=True) for t in self._search(component, 8)}) > 1, \
+        trials = self._search(component, tmp_path, 8)
+        assert len({json.dumps(dict(t), sort_keys=True) for t in trials}) > 1, \
             f"{named(component)} asked eight times for one and the same trial"
 
-    def test_survives_failed_trials(self, component: Any) -> None:
-        """A trial that diverged, failed or said nothing is no end of the search."""
-        nothing: Mapping[str, float] = {}
-        for values in (nothing, *(dict.fromkeys(self.measured, bad) for bad in
-                                  (float("nan"), float("inf"), float("-inf")))):
-            searcher = fresh(component)
-            for _ in range(3):
-                searcher.tell(searcher.ask(), values)
-            trial = searcher.ask()
-            assert self.contains(component, trial), f"after trials that gave {values} it asks for {trial!r}"
+    def test_answers_again_what_it_answered(self, component: Any, tmp_path: Path) -> None:
+        """A study that is killed asks again, in a new process: the same trial, also when it was told of it; and goes on
+        as if it had not been killed."""
+        whole = self._search(component, tmp_path / "whole", 6)
+        searched = self._started(component, tmp_path / "killed")
+        for number in range(3):
+            assert searched.ask(number) == searched.ask(number) == whole[number], "asked again, it answers otherwise"
+            if number < 2:
+                searched.tell(number, self._result(number))
+        again = self._started(component, tmp_path / "killed")
+        for number in range(6):
+            trial = again.ask(number)
+            assert trial == whole[number], f"after it was started again, trial {number} is {trial}, not {whole[number]}"
+            again.tell(number, self._result(number))
 
-    def test_takes_results_in_any_order(self, component: Any) -> None:
-        """Trials run side by side, in other processes: several are asked for before one is told, as read from JSON."""
-        searcher = fresh(component)
-        trials = [searcher.ask() for _ in range(4)]
+    def test_is_told_twice(self, component: Any, tmp_path: Path) -> None:
+        """Whoever starts a search again tells it everything again."""
+        once, twice = (self._started(component, tmp_path / name) for name in ("once", "twice"))
+        for number in range(3):
+            once.ask(number), twice.ask(number)
+            once.tell(number, self._result(number))
+            twice.tell(number, self._result(number))
+            twice.tell(number, self._result(number))
+        assert once.ask(3) == twice.ask(3), f"{named(component)} learned twice from what it was told twice"
+
+    def test_survives_trials_without_values(self, component: Any, tmp_path: Path) -> None:
+        """A trial that failed, or was given up before or after it was measured, is no end of the search."""
+        results = (search.Result("failed"), search.Result("pruned"), self._result(1, "pruned"))
+        for which, result in enumerate(results):
+            searched = self._started(component, tmp_path / str(which))
+            for number in range(3):
+                assert searched.ask(number) is not None
+                searched.tell(number, result)
+            trial = searched.ask(3)
+            assert trial is not None and self.space.contains(trial), f"after {result} it asks for {trial!r}"
+
+    def test_takes_results_in_any_order(self, component: Any, tmp_path: Path) -> None:
+        """Trials run side by side: several are asked for before one is told, and one breaks a constraint."""
+        searched = self._started(component, tmp_path)
+        for number in range(4):
+            assert searched.ask(number) is not None
         for number in (2, 0, 3, 1):
-            searcher.tell(json.loads(json.dumps(dict(trials[number]))), self._values(number))
-        assert self.contains(component, searcher.ask())
+            searched.tell(number, self._result(number, violations={"kl": 0.1 * (number - 2)}))
+        trial = searched.ask(4)
+        assert trial is not None and self.space.contains(trial)
 
-    def _search(self, component: Any, count: int) -> list[Mapping[str, Any]]:
-        """Trials of a new searcher that is told of each."""
-        searcher, trials = fresh(component), list[Mapping[str, Any]]()
+    def _started(self, component: Any, folder: Path) -> Search:
+        """A search in a folder, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        started: Search = component.start(self.space, self.goals, folder)
+        return started
+
+    def _search(self, component: Any, folder: Path, count: int) -> list[Mapping[str, Any]]:
+        """Trials of a new search that is told of each."""
+        searched, trials = self._started(component, folder), list[Mapping[str, Any]]()
         for number in range(count):
-            trials.append(searcher.ask())
-            searcher.tell(trials[-1], self._values(number))
+            trial = searched.ask(number)
+            assert trial is not None, f"{named(component)} has nothing to try after {number} trials of a large space"
+            trials.append(trial)
+            searched.tell(number, self._result(number))
         return trials
 
-    def _values(self, number: int) -> dict[str, float]:
-        return dict.fromkeys(self.measured, 0.1 * (number * 7 % 5))
-
-
-def fresh(component: Any) -> Any:
-    """A searcher of the same configuration that has learned nothing."""
-    return replace(component)
+    def _result(self, number: int, status: Literal["complete", "pruned"] = "complete",
+                violations: Mapping[str, float] | None = None) -> search.Result:
+        values = tuple(0.1 * ((number + goal) * 7 % 5) for goal in range(len(self.goals)))
+        return search.Result(status, values, 10, violations or {})
