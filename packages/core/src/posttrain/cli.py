@@ -237,7 +237,7 @@ def export(directory: RunPath,
            step: Annotated[int | None, typer.Option(min=0, help="A step with a checkpoint; by default the newest.")]
            = None,
            form: Annotated[str, typer.Option("--format", metavar="NAME",
-                                             help="Or another one that the policy's backend writes: onnx.")]
+                                             help="Another format, which the policy's backend writes: onnx.")]
            = "huggingface") -> None:
     """Write a run's policy as a Hugging Face folder: weights, tokenizer, generation settings, model card."""
     from posttrain.export import export as write

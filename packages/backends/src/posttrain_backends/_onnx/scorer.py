@@ -33,7 +33,7 @@ def read_scorer(folder: Path, vocab_size: int, *, threads: int = 0, device: str 
     """The scorer of a folder's model. Raises `ConfigError` where it has no graph, or another vocabulary."""
     shape = shape_in(folder, vocab_size, "onnx")
     return OnnxScorer(shape, read_weights(folder, shape), threads=threads, device=device, head_chunk=head_chunk,
-                      what=f"the model in {folder}")
+                      what=f"the folder {folder}")
 
 
 def read_weights(folder: Path, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
