@@ -26,9 +26,10 @@ TESTS: dict[str, tuple[str, ...]] = {
                    "tests/contracts/test_kl.py", "tests/contracts/test_mixing_objectives.py",
                    "tests/oracles/test_losses.py", "tests/oracles/test_mixing.py", "tests/oracles/test_pareto.py"),
     "backends": ("tests/backends", "tests/contracts/test_models.py"),
+    "tuning": ("tests/tuning",),
     "core": ("tests/core", "tests/contracts"),
 }
-"""Package -> its tests; of core those that belong to no other. (Tuning has no component yet, so no test.)"""
+"""Package -> its tests; of core those that belong to no other."""
 OF_THE_REPOSITORY = ("tests/core/test_component_pages.py", "tests/core/test_docs.py", "tests/core/test_guide.py",
                      "tests/core/test_packaging.py")
 """Tests of its pages and of all its distributions together."""
@@ -45,7 +46,7 @@ MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
     "estimators": LIBRARIES[:4], "objectives": (*LIBRARIES[:4], "moocore"),
     "backends": ("jax", "transformers", "peft", "triton", "posttrain_objectives", "bitsandbytes", "torchao", "xformers",
                  "fla", "mamba_ssm"),
-    "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
+    "tuning": (), "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
 
 
 def selection(package: str) -> list[str]:
@@ -74,7 +75,7 @@ def unexplained(said: str, absent: Sequence[str]) -> list[str]:
 
 @pytest.mark.parametrize(("package", "installed"), [
     ("core", ("core",)), ("estimators", ("core", "estimators")), ("objectives", ("core", "objectives")),
-    ("backends", ("core", "backends[torch]"))])
+    ("backends", ("core", "backends[torch]")), ("tuning", ("core", "tuning"))])
 def test_a_package_needs_core_alone(package: str, installed: tuple[str, ...], fresh: Fresh) -> None:
     environment = fresh(*installed, others=RUN_TESTS)
     there = {"core": ()}.get(package, (f"posttrain_{package}",))
