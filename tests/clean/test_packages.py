@@ -76,7 +76,7 @@ def unexplained(said: str, absent: Sequence[str]) -> list[str]:
 
 @pytest.mark.parametrize(("package", "installed"), [
     ("core", ("core",)), ("estimators", ("core", "estimators")), ("objectives", ("core", "objectives")),
-    ("backends", ("core", "backends[torch]"))])
+    ("backends", ("core", "backends[torch]")), ("tuning", ("core", "tuning"))])
 def test_a_package_needs_core_alone(package: str, installed: tuple[str, ...], fresh: Fresh) -> None:
     environment = fresh(*installed, others=RUN_TESTS)
     there = {"core": ()}.get(package, (f"posttrain_{package}",))

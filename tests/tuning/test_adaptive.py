@@ -182,6 +182,13 @@ def test_stops_growing_where_a_doubling_no_longer_pays(knee: int, largest: int) 
     assert component.budget(steps(component, device, 4, state=state), "update") == largest
 
 
+def test_goes_back_to_the_size_before_one_that_is_slower() -> None:
+    device = Device(limit=10**6 * MiB, pace=lambda tokens: tokens if tokens <= 128 else 100.0)
+    component = Adaptive(tokens=16)
+    for n in (4, 8):
+        assert component.budget(steps(component, device, n), "update") == 128
+
+
 def test_a_clock_that_is_disturbed_does_not_move_a_budget_at_rest() -> None:
     rng = np.random.default_rng(0)
     device = Device(limit=10**6 * MiB, pace=lambda tokens: min(tokens, 256) * (1 - 0.5 * rng.random()))

@@ -7,7 +7,8 @@ went through the model until then, failed passes included. Growth is not ended b
 64 KiB go back to the system at once (`MALLOC_MMAP_THRESHOLD_`), as under a GPU's allocator; `fragmented` is the same
 with malloc as it is, which keeps them, so that what fits depends on what came before.
 `moving`: the same, where the limit is halved and then quadrupled while the planner works.
-`speed`: tokens per second of every power of two, and where the planner comes to rest (`knee: 0.03`), without a limit.
+`speed`: tokens per CPU second of every power of two, and where the planner comes to rest (`knee: 0.03`), without a
+limit; the planner's clock is the CPU's here, as other jobs disturb it least.
 `planning`: 4,096 sequences under 16,384 tokens, beside verl's partition (Karmarkar-Karp, `seqlen_balancing.py` of verl
 0.9, written down here) into as few parts as fit.
 
@@ -160,7 +161,7 @@ def states(component: Adaptive, w: Work, state: Any = None, rows: int = 2 * STAR
            rest: int = 6) -> Iterator[tuple[int, Any]]:
     """The budget in rows and the state after each pass, until `rest` passes did not move it."""
     state, same, costs = component.init() if state is None else state, 0, np.full(rows, T)
-    passes = Passes(component, state, "update", HostMemory())
+    passes = Passes(component, state, "update", HostMemory(), clock=time.process_time)
     while same < rest:
         for part in passes.parts(costs, np.arange(rows)):
             before = passes.tokens
@@ -206,10 +207,10 @@ def one_grid() -> dict[str, Any]:
     w, best = work(), dict[int, float]()
     for _ in range(4):
         for tokens in GRID:
-            began = time.perf_counter()
+            began = time.process_time()
             w.run(tokens // T)
-            best[tokens] = max(best.get(tokens, 0.0), tokens / (time.perf_counter() - began))
-    *_, (rows, _) = states(Adaptive(tokens=T), w)
+            best[tokens] = max(best.get(tokens, 0.0), tokens / (time.process_time() - began))
+    *_, (rows, _) = states(Adaptive(tokens=T), w, rest=20)
     return {"sizes": list(best), "speeds": list(best.values()), "found": rows * T}
 
 

@@ -164,17 +164,23 @@ class Adaptive:
         return replace(learned, ceiling=ceiling, ceiling_limit=learned.limit, failures=learned.failures + 1, since=0)
 
     def _grown(self, learned: Learned, seen: Pass) -> Learned:
-        """Twice as large where the pass filled the budget, and where speed has a reason to go on."""
-        if learned.tokens < learned.size or seen.tokens <= _FILLED * learned.tokens or not self._pays(learned, seen):
+        """Larger where the pass filled the budget and speed has no reason to stop; half as large where it was slower
+        than one of half its size."""
+        if seen.tokens <= _FILLED * learned.tokens:
             return learned
-        measured = self.knee == 0 and learned.limit and seen.peak
-        return replace(learned, size=min(self.largest, (_LEAP if measured else 2) * learned.size))
-
-    def _pays(self, learned: Learned, seen: Pass) -> bool:
-        """Whether passes of this size are faster per token than those half as large."""
+        if not self.knee:
+            leap = _LEAP if learned.limit and seen.peak else 2
+            return replace(learned, size=min(self.largest, leap * learned.size)) if _is_free(learned) else learned
         e = _doublings(seen.tokens)
-        (pace, n), (before, m) = (learned.paces.get(str(i), (0.0, 0)) for i in (e, e - 1))
-        return self.knee == 0 or (n >= _TIMED and (m < _TIMED or pace >= (1 + self.knee) * before))
+        before, here, after = (learned.paces.get(str(i), (0.0, 0)) for i in (e - 1, e, e + 1))
+        if here[1] < _TIMED:
+            return learned
+        if before[1] == _TIMED and here[0] < before[0]:
+            return replace(learned, size=1 << e - 1)
+        if _is_free(learned) and all(slow[1] < _TIMED or fast[0] >= (1 + self.knee) * slow[0]
+                                     for slow, fast in ((before, here), (here, after)) if fast[1] == _TIMED):
+            return replace(learned, size=min(self.largest, 2 * learned.size))
+        return learned
 
     def _settled(self, learned: Learned) -> Learned:
         """With the budget that follows; one that still leaves half the margin free is not given up for less, nor for 1
@@ -186,6 +192,11 @@ class Adaptive:
         if wanted <= learned.tokens <= held or learned.tokens < wanted < min(1.01 * learned.tokens, most):
             return learned
         return replace(learned, tokens=wanted)
+
+
+def _is_free(learned: Learned) -> bool:
+    """Whether the budget is as large as speed decides: no memory holds it back."""
+    return learned.tokens >= learned.size
 
 
 def _doublings(tokens: int) -> int:
