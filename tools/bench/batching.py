@@ -9,8 +9,8 @@ with malloc as it is, which keeps them, so that what fits depends on what came b
 `moving`: the same, where the limit is halved and then quadrupled while the planner works.
 `speed`: tokens per CPU second of every power of two, and where the planner comes to rest (`knee: 0.03`), without a
 limit; the planner's clock is the CPU's here, as other jobs disturb it least.
-`planning`: 4,096 sequences under 16,384 tokens, beside verl's partition (Karmarkar-Karp, `seqlen_balancing.py` of verl
-0.9, written down here) into as few parts as fit.
+`planning`: 4,096 sequences under 16,384 tokens, beside verl's partition (Karmarkar-Karp, after `seqlen_balancing.py` of
+verl 0.9; verl itself is not run) into as few parts as fit.
 
     python tools/bench/batching.py [memory fragmented moving speed planning]
 
