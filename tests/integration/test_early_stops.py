@@ -86,3 +86,19 @@ def test_an_objective_that_does_not_measure_the_kl_is_told() -> None:
     assert moved(Metrics({"policy/approx_kl": Metric(0.0, 0.0)}), SingleProcess()) == 0.0
     with pytest.raises(ConfigError, match="update.max_kl: the objective does not measure policy/approx_kl"):
         moved(Metrics(), SingleProcess())
+
+
+def test_a_run_ends_after_a_step_and_goes_on_as_if_it_had_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Schedules go by `steps`; asked again for the same step it does nothing, so a retry is safe."""
+    whole = posttrain.train(config(tmp_path / "whole", evaluate={}), output="quiet")
+    run = posttrain.train(config(tmp_path / "run", evaluate={}, stop={"after": 3}), output="quiet")
+    assert run.state.step == 3 and (run.directory / "checkpoints" / "step-000003").is_dir()
+    assert "ended after step 3 of 6, as stop.after asks" in caplog.text and "stop.after=0" in caplog.text
+    assert posttrain.resume(run.directory, output="quiet").state.step == 3
+    run = posttrain.resume(run.directory, ["stop.after=5"], output="quiet")
+    assert run.state.step == 5
+    run = posttrain.resume(run.directory, ["stop.after=0"], output="quiet")
+    mine, theirs = weights(run), weights(whole)
+    assert run.state.step == 6 and all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+    assert [{k: v for k, v in row.items() if k != "timing"} for row in records(run)] == [
+        {k: v for k, v in row.items() if k != "timing"} for row in records(whole)]

@@ -349,3 +349,43 @@ def test_the_example_of_the_docs_is_a_plan(tmp_path: Path) -> None:
     plan = read(tmp_path / "tune.yaml", [], discover())
     assert plan.directory == Path("runs/tune-study") and plan.settings.trials == 24
     assert [name for name, _, always in plan.space.parameters() if not always] == ["kl=adaptive.target"]
+
+
+@pytest.mark.slow
+@pytest.mark.needs("ray")
+def test_a_population_is_killed_goes_on_and_the_worst_take_over_from_the_best(tmp_path: Path) -> None:
+    """Six members on one node, the study killed after the first of them reached step 4."""
+    file = written(tmp_path, {"steps": 6}, trials=6, workers=2, population={"every": 2})
+    study = started(tmp_path)
+    until(lambda: any((tmp_path / "study").glob("trial-*/checkpoints/step-000004")), 200)
+    study.kill()
+    study.wait()
+    tune(file, "-q")
+    found = trials(tmp_path)
+    assert [t.status for t in found] == ["complete"] * 6 and all(t.step == 6 for t in found)
+    assert (tmp_path / "study" / "best.yaml").is_file()
+    exploited = list((tmp_path / "study" / "ray").rglob("pbt_policy_*.txt"))
+    assert exploited, "somebody took over weights"
+
+
+@pytest.mark.parametrize(("block", "says"), [
+    ({"population": {"every": 2}, "halving": {"rungs": [2]}}, "without constraints, prune and halving"),
+    ({"population": {"every": 6}}, "every must be below steps, which is 6"),
+    ({"population": {"every": 2}, "trials": 1}, "needs two trials at least"),
+    ({"population": {"every": 2}, "space": {"kl": {"choice": ["none", {"use": "fixed", "coef": {"uniform": [0, 1]}}]}}},
+     "kl=fixed.coef exists with one option alone"),
+    ({"population": {"every": 2, "quantile": 0.6}}, "quantile lies in (0, 0.5]"),
+])
+def test_what_a_population_cannot_do_is_said_before_it_begins(
+        block: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        tune(written(tmp_path, **block), "-q")
+    assert says in str(error.value)
+
+
+def test_a_population_needs_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain_tuning.search import plan
+
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs Ray Tune, .* pip install 'posttrain-tuning\[ray\]'"):
+        tune(written(tmp_path, population={"every": 2}), "-q")

@@ -22,11 +22,12 @@ def tune(context: typer.Context,
     from posttrain.rundir import replace_text
 
     from posttrain_tuning.search import page, running
-    from posttrain_tuning.search.plan import read
+    from posttrain_tuning.search.plan import read, require_runnable
     from posttrain_tuning.search.study import RECORD, Study
     from posttrain_tuning.search.winners import write
 
     plan = read(file, settings or [], context.obj)
+    require_runnable(plan, context.obj)
 
     def tell(text: str) -> None:
         if not quiet:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -20,7 +21,7 @@ from posttrain.errors import ConfigError, InputError, Problem, did_you_mean
 from posttrain.protocols import Searcher
 from posttrain.registry import Registry
 from posttrain.schema import Settings, part
-from posttrain.search import Goal, Space, Values
+from posttrain.search import Goal, Range, Space, Values
 from posttrain.trainer import held_out
 
 BLOCK = "tune"
@@ -157,6 +158,30 @@ class Halving:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Population:
+    """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846) by Ray Tune, in place of a searcher: `trials`
+    members train side by side; every so often the worst take over the weights of the best, and change their settings.
+    """
+
+    every: int = 0
+    """Steps between two comparisons; 0: no population, a searcher proposes trials."""
+    quantile: float = 0.25
+    """Share of the members that take over, and of those that are taken over from."""
+    resample: float = 0.25
+    """Probability that a changed setting is drawn anew; else a number is multiplied by 0.8 or 1.2, and an option moves
+    to a neighbour."""
+    cluster: str = ""
+    """Address of a Ray cluster, such as `auto`; its machines share the study's folder. Empty starts Ray here."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every must not be negative, got {self.every}")
+        if not 0 < self.quantile <= 0.5 or not 0 <= self.resample <= 1:
+            raise ValueError("quantile lies in (0, 0.5] and resample in [0, 1]")
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class TuneSettings:
     """The block `tune:`, but for its `space`."""
 
@@ -171,6 +196,7 @@ class TuneSettings:
     """No trial begins after the command has run so long; those under way end. 0: no limit. Called again it goes on."""
     searcher: Any = part("searcher", "optuna")
     halving: Halving = field(default_factory=Halving)
+    population: Population = field(default_factory=Population)
     prune: tuple[Prune, ...] = ()
     """What gives a trial up while it runs. One that diverges, or whose memory runs out, is given up in any case."""
     retries: int = 1
@@ -191,6 +217,8 @@ class TuneSettings:
             raise ValueError(f"objectives must name at least one metric, each once, got {names}")
         if self.halving.rungs and len(names) > 1:
             raise ValueError(f"halving ranks trials by one objective, and there are {len(names)}; leave out its rungs")
+        if self.population.every and (len(names) > 1 or self.constraints or self.prune or self.halving.rungs):
+            raise ValueError("population compares its members by one objective, without constraints, prune and halving")
         if self.devices and len(self.devices) != self.workers:
             raise ValueError(f"devices needs one for each of {self.workers} workers, got {len(self.devices)}")
 
@@ -257,13 +285,14 @@ class Plan:
         settings = self.settings
         shared = {"configuration": "\n".join([config.to_yaml(self.loaded), *python]), "space": repr(self.space),
                   "objectives": repr(settings.objectives), "constraints": repr(settings.constraints),
-                  "searcher": repr(settings.searcher), "halving": repr(settings.halving)}
+                  "searcher": repr(settings.searcher), "halving": repr(settings.halving),
+                  "population": repr(settings.population)}
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in shared.items()}
 
 
 def read(file: Path, overrides: Sequence[str], registry: Registry) -> Plan:
     """The plan of a file and of `key=value` settings over it. Raises `ConfigError`, with every problem at once, and
-    what the configuration raises, as it stands or with an option or an end of a range."""
+    what the configuration raises as it stands."""
     reading = layers.Reading()
     given = layers.read_file(file, reading)
     given += [layer for text in overrides for layer in layers.read_setting(text, Path.cwd(), reading)]
@@ -287,13 +316,17 @@ def read(file: Path, overrides: Sequence[str], registry: Registry) -> Plan:
         report((BLOCK, *key), message)
     if reading.problems:
         raise ConfigError(reading.problems, f"{file} cannot be searched:" if len(reading.problems) > 1 else "")
-    for values in space.corners():  # before the first trial is trained
+    return plan
+
+
+def require_runnable(plan: Plan, registry: Registry) -> None:
+    """Raise `ConfigError` where the configuration cannot be run with an option, or with an end of a range."""
+    for values in plan.space.corners():
         try:
-            fitting.check(config.load(file, plan.of_trial(values), registry))
+            fitting.check(config.load(plan.file, plan.of_trial(values), registry))
         except InputError as error:
             said = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise ConfigError(error.problems, f"{file} cannot be run with {said}:") from error
-    return plan
+            raise ConfigError(error.problems, f"{plan.file} cannot be run with {said}:") from error
 
 
 def of_base(overrides: Sequence[str]) -> list[str]:
@@ -368,5 +401,22 @@ def _unfit(plan: Plan) -> Iterator[tuple[Key, str]]:
     if measured and not held_out(compose.open_task(base)[1], base):
         yield ("objectives",), (f"{measured[0]} is measured on held-out prompts, and the task holds none out; give "
                                 "task.held_out or task.held_out_fraction, or take another metric, such as reward/mean")
+    if settings.population.every:
+        yield from ((("population",), f"{BLOCK}.population: {text}") for text in _unfit_population(plan))
+        return
     for problem in settings.searcher.problems(plan.space, plan.goals):
         yield ("searcher",), f"{BLOCK}.searcher: {problem}"
+
+
+def _unfit_population(plan: Plan) -> Iterator[str]:
+    if find_spec("ray") is None:
+        yield "needs Ray Tune, which is not installed: pip install 'posttrain-tuning[ray]'"
+    if plan.settings.population.every >= plan.loaded.settings.steps:
+        yield f"every must be below steps, which is {plan.loaded.settings.steps}"
+    if plan.settings.trials < 2:
+        yield "needs two trials at least: its members"
+    for name, domain, always in plan.space.parameters():
+        if not always:
+            yield f"{name} exists with one option alone, and members that change options would lack it; leave it out"
+        if isinstance(domain, Range) and domain.step:
+            yield f"{name} has a step, and members multiply numbers; leave the step out"

@@ -40,6 +40,11 @@ def run(plan: Plan, *, tell: Tell = lambda text: None, after: After = lambda stu
     `Interrupted` after SIGTERM or Ctrl-C, when trials under way are saved, and `PosttrainError` where every trial
     fails. Called again it goes on.
     """
+    if plan.settings.population.every:
+        from posttrain_tuning.search import population
+
+        with _held(plan), doing("training the population"):
+            return population.run(plan, tell)
     with _held(plan), stop_requests() as stop:
         study.require_same(plan.directory, plan.goals, plan.fingerprint())
         record = Record(plan.directory, plan.goals)
