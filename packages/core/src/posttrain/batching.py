@@ -107,12 +107,17 @@ def plan_by_group(batching: Batching, costs: np.ndarray, groups: np.ndarray, bud
 
 def smaller_budget(costs: np.ndarray, parts: Sequence[np.ndarray], error: MemoryExhausted) -> int:
     """Half of the largest part; raises where every part is a single unit already."""
+    require_divisible(costs, parts, error)
+    return max(1, max(int(costs[p].sum()) for p in parts) // 2)
+
+
+def require_divisible(costs: np.ndarray, parts: Sequence[np.ndarray], error: MemoryExhausted) -> None:
+    """Raise `MemoryExhausted` with advice where every part is a single unit already."""
     if all(len(p) <= 1 for p in parts):
         raise MemoryExhausted(
             f"memory ran out although every micro-batch holds a single unit (the largest has {int(costs.max())} "
             "tokens); shorten rollout.max_new_tokens, switch on policy.gradient_checkpointing or use a smaller model"
         ) from error
-    return max(1, max(int(costs[p].sum()) for p in parts) // 2)
 
 
 @final

@@ -25,6 +25,7 @@ from posttrain.fitting import (
 )
 from posttrain.loss import ExpertBalance, KLTerm, Measured, Sum, over_vocabulary
 from posttrain.off_policy import approximates
+from posttrain.passes import first_budget
 from posttrain.progress import doing
 from posttrain.protocols import (
     Adapted,
@@ -246,7 +247,7 @@ def initial_state(parts: Parts, settings: Settings) -> RunState:
     """The state before the first step."""
     rewards = reward_columns(settings)
     return RunState(
-        budget=parts.batching.tokens, kl=parts.kl.init(),
+        budget=first_budget(parts.batching), kl=parts.kl.init(),
         combiner=None if parts.combiner is None else parts.combiner.init(rewards),
         gradient_combiner=None if parts.gradient_combiner is None else parts.gradient_combiner.init(rewards),
         constraint=None if parts.constraint is None else parts.constraint.init(limits_of(parts.bounds)),

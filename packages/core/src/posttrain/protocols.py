@@ -541,6 +541,73 @@ class Batching(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Memory of a device at one moment, in bytes."""
+
+    used: int = 0
+    limit: int = 0
+    """What may be in use; 0 where nobody knows."""
+    resident: int = 0
+    """What of `used` has been touched, where the two differ."""
+
+
+class Memory(Protocol):
+    """What a device says of its memory."""
+
+    def start(self) -> Usage:
+        """The memory now, from which on the peak is watched."""
+        ...
+    def peak(self, since: Usage) -> int:
+        """The most that was in use since then; 0 where nobody knows."""
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """What a scorer or a sampler may be beside its kind: one that computes on a device with memory of its own. Of the
+    others the host's memory is watched."""
+
+    def memory(self) -> Memory: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One part that went through a model, or through all models that are trained on it."""
+
+    tokens: int
+    seconds: float
+    start: Usage
+    peak: int = 0
+    """Bytes in use at the most; 0 where nobody knows."""
+    failed: bool = False
+    """Memory ran out."""
+
+
+_B = TypeVar("_B")
+
+
+@runtime_checkable
+class Adapting(Protocol[_B]):
+    """What a batching may be beside `Batching`: one that learns from each pass how large the next may be.
+
+    Its state is a frozen dataclass of plain values that is made anew from what `asdict` and JSON made of it. A `use` is
+    a kind of pass with a budget of its own: `update`, the scoring of each model, `rollout`.
+    """
+
+    def init(self) -> _B: ...
+    def prepared(self, state: _B, use: str, memory: Usage, token_bytes: int = 0) -> _B:
+        """The state before passes of one use, with the memory as it is now; `token_bytes` are those that a token is
+        known to take at least."""
+        ...
+    def budget(self, state: _B, use: str) -> int:
+        """Tokens of the next part."""
+        ...
+    def observed(self, state: _B, use: str, seen: Pass) -> _B:
+        """The state after a pass. After a failed one the budget is smaller than what failed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class RowRules:
     """What may be wrong with rows (block `data:`), whatever task reads them."""
 

@@ -6,13 +6,14 @@ Randomness needs no state of its own: every draw is seeded by (seed, step, purpo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from posttrain import replay as replay_files
 from posttrain.errors import ConfigError
+from posttrain.passes import Budget
 from posttrain.replay import Replay
 
 
@@ -31,8 +32,8 @@ class RunState:
     step: int = 0
     cursor: int = 0
     """Rows taken from the task so far."""
-    budget: int = 0
-    """Tokens of one micro-batch; shrinks when memory runs out."""
+    budget: Budget = 0
+    """Tokens of one micro-batch, which shrink when memory runs out; the state of a planner that adapts."""
     kl: Any = None
     """State of the KL controller: a frozen dataclass of numbers."""
     combiner: Any = None
@@ -63,7 +64,7 @@ def to_files(state: RunState) -> tuple[dict[str, dict[str, np.ndarray]], dict[st
         arrays["reference"] = dict(moved.params)
     controllers = {name: asdict(value) for name in CONTROLLERS
                    if (value := getattr(state, name)) is not None}
-    return arrays, {"state": {"step": state.step, "cursor": state.cursor, "budget": state.budget, **controllers,
+    return arrays, {"state": {"step": state.step, "cursor": state.cursor, "budget": _plain(state.budget), **controllers,
                               "limits": dict(state.limits), "ended_at_kl": state.ended_at_kl,
                               "stale_versions": [s.version for s in state.stale],
                               "reference_version": None if moved is None else moved.version}, "replay": texts}
@@ -82,10 +83,21 @@ def from_files(arrays: Mapping[str, Mapping[str, np.ndarray]], values: Mapping[s
     stale = tuple(Snapshot(v, arrays[f"stale-{i}"]) for i, v in enumerate(stored["stale_versions"]))
     version = stored.get("reference_version")
     return RunState(
-        step=stored["step"], cursor=stored["cursor"], budget=stored["budget"], stale=stale, limits=limits,
-        ended_at_kl=stored.get("ended_at_kl", 0.0),
+        step=stored["step"], cursor=stored["cursor"], budget=_budget(stored["budget"], fresh.budget), stale=stale,
+        limits=limits, ended_at_kl=stored.get("ended_at_kl", 0.0),
         reference=None if version is None else Snapshot(version, arrays["reference"]),
         replay=replay_files.from_files(arrays.get("replay", {}), values["replay"]), **controllers)
+
+
+def _plain(budget: Budget) -> Any:
+    return asdict(budget) if is_dataclass(budget) and not isinstance(budget, type) else budget
+
+
+def _budget(stored: Any, fresh: Budget) -> Budget:
+    """What was stored; the fresh one where the configuration now has a planner of another sort."""
+    if isinstance(fresh, int) or isinstance(stored, int):
+        return stored if isinstance(fresh, int) and isinstance(stored, int) else fresh
+    return type(fresh)(**stored)
 
 
 def _said(limits: Mapping[str, float]) -> str:

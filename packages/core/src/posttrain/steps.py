@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from posttrain import answers
-from posttrain.batching import plan_by_group, smaller_budget
 from posttrain.constrained import Constrained, kept_by_any
 from posttrain.constrained import mixed as mixed_with_costs
 from posttrain.data import (
@@ -29,9 +28,11 @@ from posttrain.data import (
     ragged_indices,
     to_numpy,
 )
-from posttrain.errors import MemoryExhausted, RewardError
+from posttrain.errors import RewardError
 from posttrain.loss import k3
+from posttrain.memory import memory_of
 from posttrain.ops import ops_of
+from posttrain.passes import Budget, Passes
 from posttrain.protocols import KL, Batching, Combiner, Compared, Correction, Estimator, Need, Output, Scorer
 
 ANY_REWARD = "any"
@@ -68,18 +69,21 @@ class Annotations:
                        expected_action_values=out.expected_action_values)
 
 
-def score(scorer: Scorer, rollouts: Rollouts, outputs: frozenset[Output], batching: Batching,
-          budget: int) -> tuple[TokenOutputs, int]:
-    """Outputs of all actions, computed in parts under a token budget that is halved when memory runs out."""
+def score(scorer: Scorer, rollouts: Rollouts, outputs: frozenset[Output], batching: Batching, budget: Budget,
+          use: str = "score") -> tuple[TokenOutputs, Budget]:
+    """Outputs of all actions, computed in parts under a token budget that is smaller after memory ran out. An adapting
+    planner has a budget for each `use`."""
     costs = rollouts.episode_tokens
+    passes = Passes(batching, budget, use, memory_of(scorer))
     while True:
-        parts = plan_by_group(batching, costs, rollouts.group, budget)
-        try:
-            scored = [scorer.score(rollouts.select(part), outputs, rollouts.sampling.temperature) for part in parts]
-        except MemoryExhausted as error:
-            budget = smaller_budget(costs, parts, error)
-            continue
-        return _in_order(rollouts, parts, scored), budget
+        parts, scored = list[np.ndarray](), list[TokenOutputs]()
+        for part in passes.parts(costs, rollouts.group):
+            with passes.measured(int(costs[part].sum())):
+                scored.append(scorer.score(rollouts.select(part), outputs, rollouts.sampling.temperature))
+            parts.append(part)
+        if not passes.failed:
+            return _in_order(rollouts, parts, scored), passes.budget
+        passes.shrink(costs)
 
 
 def _in_order(rollouts: Rollouts, parts: Sequence[np.ndarray], scored: Sequence[TokenOutputs]) -> TokenOutputs:

@@ -26,6 +26,7 @@ from posttrain.data import (
 )
 from posttrain.errors import SHOWN, ConfigError, DataError, Problem
 from posttrain.ops import ops_of
+from posttrain.passes import Budget, first_budget
 from posttrain.protocols import Need, Output, PromptSource, Scorer, Tokenizer
 from posttrain.schema import Settings
 from posttrain.state import RunState
@@ -115,13 +116,13 @@ def demonstrated(prompts: Sequence[Prompt], tokenizer: Tokenizer, names: tuple[s
         terminated=np.ones(E, bool), prompts=tuple(p for p in prompts for _ in names), completions=texts)
 
 
-def columns_of(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[dict[str, np.ndarray], int]:
+def columns_of(parts: Parts, rollouts: Rollouts, budget: Budget) -> tuple[dict[str, np.ndarray], Budget]:
     """The columns that the objective needs, on the action axis, and the token budget."""
     columns = {}
     if Need.PREFERRED in parts.needs:
         columns["preferred"] = (rollouts.action_episode % 2 == 0).astype(np.float64)
     if parts.reference is not None:
-        out, budget = score(parts.reference, rollouts, REFERENCE, parts.batching, budget)
+        out, budget = score(parts.reference, rollouts, REFERENCE, parts.batching, budget, "score/reference")
         columns["ref_logprobs"] = np.asarray(out.logprobs, np.float64)
     return columns, budget
 
@@ -156,8 +157,8 @@ def evaluate_supervised(parts: Parts, settings: Settings, phases: Phases) -> tup
 def held_out_loss(parts: Parts, rollouts: Rollouts) -> Metrics:
     """`eval/loss`, which is what training minimises, and the objective's own metrics, over all rows at once."""
     objective = parts.trained[0].objective
-    columns, budget = columns_of(parts, rollouts, parts.batching.tokens)
-    out, _ = score(parts.policy, rollouts, objective.outputs, parts.batching, budget)
+    columns, budget = columns_of(parts, rollouts, first_budget(parts.batching))
+    out, _ = score(parts.policy, rollouts, objective.outputs, parts.batching, budget, "score/policy")
     keep = np.ones(int(rollouts.is_action.sum()), bool)
     counts = counts_of(rollouts, keep)
     batch = cut(StepData(rollouts, keep, objective.weights(counts), columns), np.arange(rollouts.n_episodes))

@@ -24,6 +24,7 @@ from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.loss import REFERENCE_KL
 from posttrain.off_policy import weighs
+from posttrain.passes import Budget
 from posttrain.protocols import (
     KL,
     Batching,
@@ -231,7 +232,7 @@ def with_greedy(parts: Parts, settings: Settings, rollouts: Rollouts,
     return replace(rollouts, greedy_rewards=totals, excluded={**rollouts.excluded, **excluded}), failures
 
 
-def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations, int]:
+def annotate(parts: Parts, rollouts: Rollouts, budget: Budget) -> tuple[Annotations, Budget]:
     """Ask the models for exactly what some part needs, and for log-probs where the sampler's are no numbers. Raises
     `ConfigError` where the sampler did not say what some part needs."""
     if Need.BEHAVIOR_LOGPROBS in parts.needs and rollouts.behavior_logprobs is None:
@@ -245,17 +246,20 @@ def annotate(parts: Parts, rollouts: Rollouts, budget: int) -> tuple[Annotations
     wanted = needed_outputs(parts.needs) if parts.critic is parts.policy else frozenset[Output]()
     replaced = Need.BEHAVIOR_LOGPROBS in parts.needs and not known_to_sampler(rollouts).all()
     if Need.LOGPROBS in parts.needs or wanted or replaced:
-        out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget)
+        out, budget = score(parts.policy, rollouts, wanted | {Output.LOGPROBS}, parts.batching, budget,
+                            "score/policy")
         notes = Annotations(out.logprobs, out.entropy).with_critic(out)
     rollouts = replace(rollouts, routes=None)  # the others have routers of their own, if any
     if parts.critic is not None and parts.critic is not parts.policy:
-        out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget)
+        out, budget = score(parts.critic, rollouts, needed_outputs(parts.needs), parts.batching, budget, "score/critic")
         notes = notes.with_critic(out)
     if parts.reference is not None and Need.REF_LOGPROBS in parts.needs:
-        out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
+        out, budget = score(parts.reference, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget,
+                            "score/reference")
         notes = replace(notes, ref_logprobs=out.logprobs)
     if parts.initial is not None:
-        out, budget = score(parts.initial, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget)
+        out, budget = score(parts.initial, rollouts, frozenset({Output.LOGPROBS}), parts.batching, budget,
+                            "score/initial")
         notes = replace(notes, initial_logprobs=out.logprobs)
     for entry in parts.rewards:
         if entry.bootstrap:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.batching import StepData, coarsest, counts_of, cut, plan_by_group, smaller_budget, units_of
+from posttrain.batching import StepData, coarsest, counts_of, cut, units_of
 from posttrain.comm import Comm
 from posttrain.data import Counts, Metric, Metrics, Rollouts, Signal, Weights, ragged_indices
-from posttrain.errors import ConfigError, Diverged, MemoryExhausted
+from posttrain.errors import ConfigError, Diverged
 from posttrain.experts import expert_load
 from posttrain.loss import SHARED, Sum
+from posttrain.memory import memory_of
+from posttrain.passes import Budget, Passes
 from posttrain.protocols import Batching, GradientCombiner, Learner, Output
 from posttrain.steps import Annotations
 
@@ -83,9 +85,9 @@ def per_action(weights: Weights, keep: np.ndarray, correction: np.ndarray) -> We
 
 
 def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndarray, correction: np.ndarray,
-                   columns: Mapping[str, np.ndarray], coef: Mapping[str, float], *, batching: Batching, budget: int,
+                   columns: Mapping[str, np.ndarray], coef: Mapping[str, float], *, batching: Batching, budget: Budget,
                    comm: Comm, combiner: GradientCombiner[Any] | None = None, combiner_state: Any = None,
-                   max_kl: float = 0.0) -> tuple[Metrics, int, Any]:
+                   max_kl: float = 0.0) -> tuple[Metrics, Budget, Any]:
     """One step of every learner on the same episodes -> metrics, token budget, state of the gradient combiner.
 
     With `max_kl` the step is not made where KL(pi_old || pi) per action is above it already, and `update/stopped` is 1.
@@ -101,23 +103,16 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     units = units_of(rollouts, keep, coarsest(t.objective.unit for t in trained))
     costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
     groups = np.array([rollouts.group[u[0]] for u in units])
-    retries = 0
-    while True:
-        parts = plan_by_group(batching, costs, groups, budget)
-        failure: MemoryExhausted | None = None
-        try:
-            metrics = _accumulate(trained, data, units, parts, coef, comm)
-        except MemoryExhausted as error:
-            failure = error
-        if not comm.any(failure is not None):
-            break
+    passes = Passes(batching, budget, UPDATE, memory_of(trained[0].learner), comm)
+    metrics, retries = _accumulate(trained, data, units, passes, costs, groups, coef), 0
+    while passes.failed:
         for t in trained:
             t.learner.discard()
-        budget = smaller_budget(costs, parts, failure or MemoryExhausted("another rank ran out of memory"))
-        retries += 1
+        passes.shrink(costs)
+        metrics, retries = _accumulate(trained, data, units, passes, costs, groups, coef), retries + 1
+    budget = passes.budget
     metrics = Metrics({name: _of_one_step(m) if "loss/" in name else m for name, m in metrics.items()})
-    metrics += {"batch/parts": Metric(len(parts), reduction="sum"),
-                "batch/memory_retries": Metric(retries, reduction="sum")}
+    metrics += passes.metrics + {"batch/memory_retries": Metric(retries, reduction="sum")}
     if max_kl:
         stopped = moved(metrics, comm) > max_kl
         metrics += {STOPPED: Metric(float(stopped), reduction="max")}
@@ -141,6 +136,10 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             raise Diverged(f"{error}\nrows of that step: {_rows(rollouts)}") from error
         metrics += Metrics({t.prefix + name: m for name, m in applied.items()})
     return metrics, budget, combiner_state
+
+
+UPDATE = "update"
+"""Name of the budget of passes that train."""
 
 
 def of_gradients(slots: Sequence[str], gramian: np.ndarray) -> Metrics:
@@ -185,23 +184,24 @@ def _of_one_step(metric: Metric) -> Metric:
     return Metric(metric.total, 1.0)
 
 
-def _accumulate(trained: Sequence[Trained], data: Sequence[StepData], units: Sequence[np.ndarray],
-                parts: Sequence[np.ndarray], coef: Mapping[str, float], comm: Comm) -> Metrics:
-    """Gradients of all parts; every rank does the same number of them."""
+def _accumulate(trained: Sequence[Trained], data: Sequence[StepData], units: Sequence[np.ndarray], passes: Passes,
+                costs: np.ndarray, groups: np.ndarray, coef: Mapping[str, float]) -> Metrics:
+    """Gradients of all parts, or of those before memory ran out; every rank does the same number of them."""
     metrics = Metrics()
     nothing = np.array([], np.int64)
-    for i in range(comm.max(len(parts))):
-        episodes = np.concatenate([units[u] for u in parts[i]]) if i < len(parts) else nothing
-        for t, step in zip(trained, data, strict=True):
-            found = t.learner.accumulate(cut(step, episodes), t.objective, coef)
-            metrics += {t.prefix + name: metric for name, metric in found.items()}
+    for part in passes.parts(costs, groups):
+        episodes = np.concatenate([nothing, *(units[u] for u in part)])
+        with passes.measured(int(costs[part].sum())):
+            for t, step in zip(trained, data, strict=True):
+                found = t.learner.accumulate(cut(step, episodes), t.objective, coef)
+                metrics += {t.prefix + name: metric for name, metric in found.items()}
     return metrics
 
 
 def update(trained: Sequence[Trained], rollouts: Rollouts, signal: Signal, notes: Annotations,
            old_logprobs: np.ndarray | None, coef: Mapping[str, float], schedule: Schedule, *, batching: Batching,
-           budget: int, comm: Comm, combiner: GradientCombiner[Any] | None = None,
-           combiner_state: Any = None) -> tuple[Metrics, int, Any]:
+           budget: Budget, comm: Comm, combiner: GradientCombiner[Any] | None = None,
+           combiner_state: Any = None) -> tuple[Metrics, Budget, Any]:
     """All optimiser steps of one rollout."""
     columns = columns_of(rollouts, signal, notes, old_logprobs)
     actions, total = rollouts.episode_actions, Metrics()

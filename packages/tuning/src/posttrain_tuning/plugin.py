@@ -1,4 +1,4 @@
-"""What posttrain-tuning offers to the registry: no component in this version. Imports nothing heavy."""
+"""What posttrain-tuning offers to the registry. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ from posttrain.hookspecs import Component, hookimpl
 
 @hookimpl
 def components() -> Iterable[Component]:
-    """No searcher and no batching planner yet: naming one in a configuration is refused by the registry."""
-    return ()
+    """A planner that learns its budget."""
+    yield Component("batching", "adaptive", "posttrain_tuning.batching:Adaptive",
+                    "first fit, as large as memory and speed allow")

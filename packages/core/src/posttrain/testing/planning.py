@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.protocols import Batching, Searcher
+from posttrain.protocols import Adapting, Batching, Pass, Searcher, Usage
 from posttrain.testing.contract import EXAMPLES, ComponentContract, named
 
 
@@ -97,6 +97,31 @@ class BatchingContract(ComponentContract):
         assert np.array_equal(costs, before), f"{named(component)} changed the costs it was given"
         assert [p.tolist() for p in first] == [p.tolist() for p in second], "a second call gives another plan"
 
+    def test_what_is_learned_is_plain_data(self, component: Any) -> None:
+        """A checkpoint holds it as JSON, and a resumed run goes on with the same budgets."""
+        if not isinstance(component, Adapting):
+            return
+        state = component.init()
+        for use, seen in _PASSES:
+            state = component.observed(component.prepared(state, use, seen.start), use, seen)
+            stored = json.loads(json.dumps(asdict(state), allow_nan=False))
+            again = type(state)(**stored)
+            assert again == state, f"{state} came back from JSON as {again}"
+            assert component.budget(again, use) == component.budget(state, use) >= 1
+
+    def test_backs_off_after_a_failure(self, component: Any) -> None:
+        """Else a step is done again and again, and never succeeds. Another use keeps its budget."""
+        if not isinstance(component, Adapting):
+            return
+        state = component.init()
+        for use, seen in _PASSES:
+            state = component.observed(state, use, seen)
+            others = {name: component.budget(state, name) for name, _ in _PASSES if name != use}
+            while (tokens := component.budget(state, use)) > 1:
+                state = component.observed(state, use, replace(seen, tokens=tokens, failed=True))
+                assert 1 <= component.budget(state, use) < tokens, f"{tokens} tokens failed and are tried again"
+            assert others == {name: component.budget(state, name) for name in others}
+
     def _plan(self, component: Any, costs: Sequence[int], budget: int) -> list[np.ndarray]:
         parts = component.plan(np.array(costs, np.int64), budget)
         assert isinstance(parts, list), f"a plan is a list of arrays, got {type(parts).__name__}"
@@ -104,6 +129,13 @@ class BatchingContract(ComponentContract):
             assert isinstance(part, np.ndarray) and np.issubdtype(part.dtype, np.integer) and part.ndim == 1, \
                 f"a part is a flat array of unit numbers, got {part!r}"
         return parts
+
+
+_PASSES = (
+    ("update", Pass(1000, 0.5, Usage(used=10**6, limit=10**7, resident=10**6), peak=3 * 10**6)),
+    ("score", Pass(300, 0.1, Usage())),
+    ("update", Pass(2000, 1.0, Usage(used=10**6, limit=10**7, resident=10**6), peak=5 * 10**6)))
+"""Some as a planner may be told of them: use, and what was seen."""
 
 
 def _problems() -> tuple[st.SearchStrategy[list[int]], st.SearchStrategy[int]]:

@@ -1,0 +1,87 @@
+"""What the host says of the memory of this process: what is in use, what may be, and the peak. Linux tells all of it.
+
+In use is what `RLIMIT_DATA` counts: private memory that was asked for. The kernel keeps no peak of that, only of what
+was touched (`VmHWM`, which can be reset); a peak is taken to rise in both alike.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import final
+
+from posttrain.protocols import Memory, Metered, Usage
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Files of a container's limit and use, as the second and the first version of cgroups name them."""
+_NO_LIMIT = 2**60
+"""Bytes from which on a limit is none."""
+
+
+@final
+class HostMemory:
+    """Memory of this process. Where the system is not Linux, nothing is known of it."""
+
+    def start(self) -> Usage:
+        """The limit is the nearest of: the process's own (`RLIMIT_DATA`, `RLIMIT_AS`), its container's, the machine's.
+        """
+        status = _status()
+        if not status:
+            return Usage()
+        _forget_peak()
+        used = status["VmData"]
+        return Usage(used, used + min(_rooms(status)), status["VmRSS"])
+
+    def peak(self, since: Usage) -> int:
+        status = _status()
+        if not status:
+            return 0
+        return max(since.used + status["VmHWM"] - since.resident, status["VmData"])
+
+
+def memory_of(model: object) -> Memory:
+    """That of a scorer's or a sampler's device."""
+    return model.memory() if isinstance(model, Metered) else HostMemory()
+
+
+def _status() -> Mapping[str, int]:
+    """Bytes by name, from the kernel; empty where it is not Linux."""
+    if not sys.platform.startswith("linux"):
+        return {}
+    fields = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+    return {name.rstrip(":"): 1024 * int(value) for name, value, *_ in fields}
+
+
+def _forget_peak() -> None:
+    """Let `VmHWM` begin at what is resident now; without the right to do so the peak is that of the whole process."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return
+
+
+def _rooms(status: Mapping[str, int]) -> Iterator[int]:
+    """Bytes that are free under each limit there is."""
+    import resource
+
+    import psutil
+
+    yield psutil.virtual_memory().available
+    for limit, used in ((resource.RLIMIT_DATA, status["VmData"]), (resource.RLIMIT_AS, status["VmSize"])):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            yield max(0, soft - used)
+    for limit_file, used_file in _CGROUPS:
+        most, now = (_number(Path("/sys/fs/cgroup") / name) for name in (limit_file, used_file))
+        if 0 < most < _NO_LIMIT:
+            yield max(0, most - now)
+
+
+def _number(path: Path) -> int:
+    """The number in a file; 0 where there is none."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
