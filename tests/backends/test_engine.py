@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from posttrain.data import FINISH, Prompt, Rollouts, Sampling, TokenOutputs
 from posttrain.errors import ConfigError, DataError, Diverged, MemoryExhausted
-from posttrain.protocols import Optimization, Output, Scorer, Tokenizer
+from posttrain.protocols import Kept, Optimization, Output, Scorer, Tokenizer
 from posttrain.tokenizers import Bytes, Characters
 from posttrain_backends._torch.generate import TorchSampler
 from posttrain_backends._torch.layout import Layout
@@ -240,6 +240,25 @@ def test_the_cache_budget_limits_the_rows() -> None:
     started = sampler(decoder(), Batched(cache_tokens=45))
     started.rollout(PROMPTS, Sampling(max_new_tokens=12), (0,))
     assert started.usage.slots == 45 // (len("abcdefgh") + 12)
+
+
+def test_a_ration_limits_the_cache_and_changes_no_answer() -> None:
+    """It is told in tokens, and their bytes are those of the keys and values of both layers."""
+    started = sampler(decoder())
+    assert started.token_bytes == 2 * 2 * 2 * 8 * 4
+    whole = started.rollout(PROMPTS, Sampling(max_new_tokens=12), (3, 1))
+    most = started.kept().tokens
+    for tokens in (most, 100, 45, 1):
+        started.ration(tokens)
+        same(whole, started.rollout(PROMPTS, Sampling(max_new_tokens=12), (3, 1)))
+        assert started.kept() == Kept(max(started.usage.slots * 20, 20)) and started.kept().tokens <= max(tokens, 20)
+
+
+def test_a_ration_does_not_lift_the_engine_s_own_limit() -> None:
+    started = sampler(decoder(), Batched(cache_tokens=45))
+    started.ration(1000)
+    started.rollout(PROMPTS, Sampling(max_new_tokens=12), (0,))
+    assert started.kept().tokens == 40
 
 
 def test_each_distinct_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,6 +507,7 @@ def test_where_memory_runs_out_fewer_rows_draw_the_same(monkeypatch: pytest.Monk
     started = sampler(decoder())
     same(want, started.rollout(PROMPTS, sampling, (0,)))
     assert started.usage.slots == 5  # 20, 10, 5
+    assert started.kept().ran_out == 2 * started.kept().tokens
     monkeypatch.setattr(Decoder, "new_cache", new_cache)
     started.rollout(PROMPTS, sampling, (0,))
     assert started.usage.slots == 5  # and it does not try what failed again

@@ -15,6 +15,7 @@ from posttrain.rundir import read_metrics
 
 torch = pytest.importorskip("torch")
 from posttrain_backends._torch.learner import TorchLearner
+from posttrain_backends._torch.models.decoder import Decoder
 
 ADAPTIVE = {"use": "adaptive", "tokens": 16}
 
@@ -66,6 +67,24 @@ def test_a_run_short_of_memory_is_the_run_with_enough(
     assert_equal_training(tmp_path / "short", tmp_path / "enough", "loss/policy", "loss/kl", "reward/mean")
     retries = column(tmp_path / "short", "batch/memory_retries")
     assert sum(retries[2:]) == 0, "what was learned is kept from step to step"
+
+
+def test_rollouts_short_of_memory_draw_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen answers of nine tokens at most: not half of them fit. The first rollout finds out, the others know."""
+    new_cache, failed = Decoder.new_cache, list[int]()
+
+    def scarce(self: Decoder, rows: int, columns: int) -> Any:
+        if rows * columns > 60:
+            failed.append(rows * columns)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return new_cache(self, rows, columns)
+
+    changes = {"evaluate": {"every": 0}}
+    posttrain.train(small.config(tmp_path / "enough", **changes), output="quiet")
+    monkeypatch.setattr(Decoder, "new_cache", scarce)
+    run = posttrain.train(small.config(tmp_path / "short", batching=ADAPTIVE, **changes), output="quiet")
+    assert_equal_training(tmp_path / "short", tmp_path / "enough", "loss/kl", "reward/mean")
+    assert 1 <= len(failed) <= 2 and run.state.budget.of["rollout"].failures == 1
 
 
 def test_a_resumed_run_knows_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,13 @@ import numpy as np
 
 from posttrain.batching import plan_by_group, require_divisible, smaller_budget
 from posttrain.comm import Comm, SingleProcess
-from posttrain.data import Metric, Metrics
+from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling
 from posttrain.errors import MemoryExhausted
-from posttrain.protocols import Adapting, Batching, Memory, Pass
+from posttrain.memory import memory_of
+from posttrain.protocols import Adapting, Batching, Memory, Pass, Rationed, Sampler
 
+ROLLOUT = "rollout"
+"""Name of the budget of keys and values."""
 Budget = Any
 """Tokens of one part; the state of a planner that adapts."""
 
@@ -26,6 +29,28 @@ def first_budget(batching: Batching) -> Budget:
     """The budget of a run that begins."""
     planner: object = batching
     return planner.init() if isinstance(planner, Adapting) else batching.tokens
+
+
+def drawn(sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int], batching: Batching,
+          budget: Budget, clock: Callable[[], float] = time.perf_counter) -> tuple[Rollouts, Budget]:
+    """A rollout, with as much room for keys and values as a planner that adapts gives to it."""
+    planner: object = batching
+    rationed: object = sampler
+    if not (isinstance(planner, Adapting) and isinstance(rationed, Rationed) and rationed.token_bytes):
+        return sampler.rollout(prompts, sampling, seed), budget
+    memory = memory_of(sampler)
+    start, began = memory.start(), clock()
+    budget = planner.prepared(budget, ROLLOUT, start, rationed.token_bytes)
+    rationed.ration(planner.budget(budget, ROLLOUT))
+    rollouts = sampler.rollout(prompts, sampling, seed)
+    kept, seconds, peak = rationed.kept(), clock() - began, memory.peak(start)
+    if kept.ran_out:
+        budget = planner.observed(budget, ROLLOUT, Pass(kept.ran_out, seconds, start, failed=True))
+        seconds = peak = 0  # they are those of the larger attempt, too
+    if kept.tokens:
+        seen = Pass(kept.tokens, seconds, start, peak, work=int(rollouts.is_action.sum()))
+        budget = planner.observed(budget, ROLLOUT, seen)
+    return rollouts, budget
 
 
 @final

@@ -459,6 +459,32 @@ class Reporting(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """For how many tokens a rollout had room."""
+
+    tokens: int
+    ran_out: int = 0
+    """The least room with which memory ran out before; 0 where it did not."""
+
+
+@runtime_checkable
+class Rationed(Protocol):
+    """What a sampler may be beside `Sampler`: one that can be told of how many tokens to keep keys and values at once.
+    What it draws does not depend on it."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values; 0 where the sampler keeps none, and cannot be told."""
+        ...
+    def ration(self, tokens: int) -> None:
+        """Keep no more from now on; those of one answer at least."""
+        ...
+    def kept(self) -> Kept:
+        """In the last rollout. A sampler itself makes do with less where memory runs out."""
+        ...
+
+
 class Engine(Protocol):
     """A rollout engine. `shared` lets the sampler read the policy's own arrays, so that `sync` copies nothing."""
 
@@ -575,12 +601,15 @@ class Pass:
     """One part that went through a model, or through all models that are trained on it."""
 
     tokens: int
+    """What the budget is of."""
     seconds: float
     start: Usage
     peak: int = 0
     """Bytes in use at the most; 0 where nobody knows."""
     failed: bool = False
     """Memory ran out."""
+    work: int = 0
+    """Tokens computed in that time, where they are not `tokens`; 0 where they are."""
 
 
 _B = TypeVar("_B")

@@ -24,7 +24,7 @@ from posttrain.data import Metric, Metrics, Prompt, Rollouts, Sampling, to_numpy
 from posttrain.errors import ConfigError
 from posttrain.loss import REFERENCE_KL
 from posttrain.off_policy import weighs
-from posttrain.passes import Budget
+from posttrain.passes import Budget, drawn
 from posttrain.protocols import (
     KL,
     Batching,
@@ -121,11 +121,11 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     """One iteration: the next state, what was measured, and the rollouts for a look at them."""
     step = state.step + 1
     with phases("rollout"):
-        fresh, cursor, metrics = gather(parts, settings, state, step, phases)
+        fresh, state, metrics = gather(parts, settings, state, step, phases)
     rollouts, replay = state.replay.mixed(
         fresh, step, capacity=settings.replay.capacity, reuse=settings.replay.reuse, max_age=settings.replay.max_age,
         rng=np.random.default_rng((settings.seed, step, 1)))
-    state = replace(state, step=step, cursor=cursor, replay=replay)
+    state = replace(state, step=step, replay=replay)
     if not learnable(rollouts, parts.columns).any():
         log.warning("step %d: no episode is left to learn from (all groups filtered, or no reward applies); no update "
                     "is made", step)
@@ -169,16 +169,18 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
 
 
 def gather(parts: Parts, settings: Settings, state: RunState, step: int,
-           phases: Phases) -> tuple[Rollouts, int, Metrics]:
-    """Generate and reward; where asked, drop groups without variance and draw other prompts in their place."""
+           phases: Phases) -> tuple[Rollouts, RunState, Metrics]:
+    """Generate and reward, and go on in the task; where asked, drop groups without variance and draw other prompts in
+    their place."""
     rollout = settings.rollout
-    wanted, cursor, kept, dropped = rollout.prompts_per_step, state.cursor, [], 0
+    wanted, cursor, budget, kept, dropped = rollout.prompts_per_step, state.cursor, state.budget, [], 0
     metrics = Metrics()
     for attempt in range(1 + rollout.max_refills * rollout.filter_zero_variance):
         prompts = parts.source.take(cursor, wanted, settings.seed)
         grouped = [replace(p, group=cursor + i) for i, p in enumerate(prompts) for _ in range(rollout.group_size)]
         cursor += len(prompts)
-        rollouts = parts.sampler.rollout(grouped, sampling_of(settings), (settings.seed, step, attempt))
+        rollouts, budget = drawn(parts.sampler, grouped, sampling_of(settings), (settings.seed, step, attempt),
+                                 parts.batching, budget)
         if isinstance(parts.sampler, Reporting):
             metrics += reported(parts.sampler.metrics())
         with phases("reward"):
@@ -199,7 +201,7 @@ def gather(parts: Parts, settings: Settings, state: RunState, step: int,
             break
     if rollout.filter_zero_variance:
         metrics += {"rollout/filtered_groups": Metric(dropped, reduction="sum")}
-    return Rollouts.concat(kept), cursor, metrics
+    return Rollouts.concat(kept), replace(state, cursor=cursor, budget=budget), metrics
 
 
 def reported(metrics: Metrics) -> Metrics:

@@ -142,7 +142,7 @@ class Adaptive:
         e = str(_doublings(seen.tokens))
         pace, n = learned.paces.get(e, (0.0, 0))
         if n < _TIMED and seen.seconds > 0:
-            pace, n = max(pace, seen.tokens / seen.seconds), n + 1
+            pace, n = max(pace, (seen.work or seen.tokens) / seen.seconds), n + 1
         learned = replace(learned, passes=passes, paces={**learned.paces, e: (pace, n)}, since=learned.since + 1)
         if learned.ceiling and learned.since >= self.patience * 2 ** learned.failures:
             return replace(learned, ceiling=max(learned.ceiling + 1, int(1.1 * learned.ceiling)), since=0)

@@ -244,6 +244,11 @@ class OnnxModel:
     def max_positions(self) -> int:
         return self._graph.shape.max_position_embeddings
 
+    @property
+    def token_bytes(self) -> int:
+        shape = self._graph.shape
+        return 4 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+
     def load(self, params: Iterable[tuple[str, Array]]) -> None:
         """See `Drawn`; a shared one looks at the policy's own when it begins to draw."""
         if self._live is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.files import copy_named
 from posttrain_backends._torch.models.interface import (
+    CachedLanguageModel,
     GroupedLanguageModel,
     LanguageModel,
     RecurrentLanguageModel,
@@ -42,6 +43,11 @@ class Drawn(Protocol):
     @property
     def max_positions(self) -> int | None:
         """Longest prompt and answer; None where the model sets no limit."""
+        ...
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values; 0 where none are kept, or nobody knows."""
         ...
 
     def load(self, params: Iterable[tuple[str, Array]]) -> None:
@@ -90,6 +96,13 @@ class DrawnModel:
     @property
     def max_positions(self) -> int | None:
         return self.model.max_positions
+
+    @property
+    def token_bytes(self) -> int:
+        if not isinstance(self.model, CachedLanguageModel):
+            return 0
+        cache = self.model.new_cache(1, 1)
+        return sum(x.nbytes for x in (*cache.keys, *cache.values))
 
     def load(self, params: Iterable[tuple[str, Array]]) -> None:
         """See `Drawn`; a shared model has them already."""

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from posttrain.data import Array, Metric, Metrics, Prompt, Rollouts, Sampling, offsets_of
 from posttrain.errors import MemoryExhausted
-from posttrain.protocols import Tokenizer
+from posttrain.protocols import Kept, Memory, Tokenizer
 from torch import Tensor
 
 from posttrain_backends._torch.drawn import Drawn
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.memory import translating_memory_errors
+from posttrain_backends._torch.memory import memory_of_device, translating_memory_errors
 from posttrain_backends._torch.rows import Prefix, Room, Rows
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import (
@@ -196,7 +196,8 @@ class TorchSampler:
 
     def __init__(self, drawn: Drawn, tokenizer: Tokenizer, limits: Limits, version: int) -> None:
         self._drawn, self._tokenizer, self._limits, self._version = drawn, tokenizer, limits, version
-        self._most_rows = limits.slots or sys.maxsize
+        self._most_rows, self._most_tokens = limits.slots or sys.maxsize, limits.cache_tokens
+        self._kept = Kept(0)
         self.usage = Usage(0, 0, 0, 0, 0)
         """The work of the last rollout."""
 
@@ -219,6 +220,23 @@ class TorchSampler:
         places = self.usage.slots * self.usage.steps
         return (Metrics(busy=Metric(self.usage.decoded, places)) if places else Metrics()) + self._drawn.metrics()
 
+    @property
+    def token_bytes(self) -> int:
+        """See `posttrain.protocols.Rationed`."""
+        return self._drawn.token_bytes
+
+    def ration(self, tokens: int) -> None:
+        """Keep no more tokens; the engine's own limits hold, and what was learned by failures is forgotten."""
+        own = self._limits.cache_tokens
+        self._most_rows, self._most_tokens = self._limits.slots or sys.maxsize, min(own, tokens) if own else tokens
+
+    def kept(self) -> Kept:
+        """In the last rollout."""
+        return self._kept
+
+    def memory(self) -> Memory:
+        return memory_of_device(self._drawn.device)
+
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raise one `DataError` that names all prompts which cannot be encoded or do not fit the model."""
         self._encoded(prompts, sampling)
@@ -229,8 +247,10 @@ class TorchSampler:
     def _answers(self, encoded: Sequence[tuple[int, ...]], sampling: Sampling, seed: Sequence[int],
                  stops: StopStrings) -> list[Answer]:
         """Draw with as many rows as are allowed; where memory runs out, anew with half of them, and from then on."""
+        ran_out = 0
         while True:
-            room = self._drawn.room(encoded, sampling.max_new_tokens, self._most_rows, self._limits.cache_tokens)
+            room = self._drawn.room(encoded, sampling.max_new_tokens, self._most_rows, self._most_tokens)
+            self._kept = Kept(room.tokens, ran_out)
             try:
                 return translating_memory_errors(partial(self._decode, encoded, sampling, seed, stops, room))
             except MemoryExhausted as error:
@@ -238,7 +258,7 @@ class TorchSampler:
                     raise MemoryExhausted(
                         f"{error}; a single answer of up to {room.columns} tokens does not fit beside the model: lower "
                         "rollout.max_new_tokens, data.max_prompt_tokens or engine.prefill_tokens") from None
-            self._most_rows = room.rows // 2
+            self._most_rows, ran_out = room.rows // 2, room.tokens
             if self._drawn.device.type == "cuda":
                 torch.cuda.empty_cache()  # the smaller attempt must not fail on fragments of the larger one
 

@@ -20,7 +20,7 @@ from posttrain.data import Array, Loss, Metric, Metrics, MicroBatch, Rollouts, T
 from posttrain.errors import ConfigError
 from posttrain.loss import SHARED
 from posttrain.ops import ops_of
-from posttrain.protocols import Objective, Optimization, Output, Sampler, Scorer, Tokenizer
+from posttrain.protocols import Memory, Objective, Optimization, Output, Sampler, Scorer, Tokenizer
 from torch import Tensor, nn
 
 from posttrain_backends._torch import guard
@@ -34,7 +34,7 @@ from posttrain_backends._torch.head import (
 )
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.logits import PLAIN, Form
-from posttrain_backends._torch.memory import translating_memory_errors
+from posttrain_backends._torch.memory import memory_of_device, translating_memory_errors
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.interface import (
     AdaptedLanguageModel,
@@ -279,6 +279,10 @@ class TorchLearner:
 
     def _ids(self, x: Array) -> Tensor:
         return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(self.device)
+
+    def memory(self) -> Memory:
+        """See `posttrain.protocols.Metered`."""
+        return memory_of_device(self.device)
 
     def base(self) -> Scorer | None:
         """The model before its adapter; see `posttrain.protocols.Adapted`."""

@@ -91,6 +91,17 @@ class Room:
     prompts: int
     """Prompts that rows continue at one time; 0 where each row has a copy of its own."""
 
+    @property
+    def tokens(self) -> int:
+        """Those that keys and values are kept of.
+
+        >>> Room(rows=5, columns=510, new=10, prompts=1).tokens
+        550
+        """
+        if not self.prompts:
+            return self.rows * self.columns
+        return self.rows * self.new + self.prompts * (self.columns - self.new)
+
     @classmethod
     def most(cls, prompts: Sequence[tuple[int, ...]], new: int, rows: int, tokens: int, *, shares: bool) -> Room:
         """Room for up to `rows` answers of up to `new` tokens to `prompts`, in no more than `tokens` cells where those

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, final
 import numpy as np
 from posttrain.data import Array, Rollouts, TokenOutputs
 from posttrain.errors import ConfigError
-from posttrain.protocols import Output
+from posttrain.protocols import Memory, Output
 from torch import Tensor, nn
 
 from posttrain_backends._torch.head import Readout
@@ -53,6 +53,10 @@ class Unadapted:
             raise ConfigError([f"the model without its adapter gives no {', '.join(sorted(missing))}"])
         with self.model.without_adapter():
             return self.learner.score(rollouts, outputs, temperature)
+
+    def memory(self) -> Memory:
+        """The learner's device's."""
+        return self.learner.memory()
 
     @property
     def output_weight(self) -> Tensor:
