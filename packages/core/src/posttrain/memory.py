@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import final
 
 from posttrain.protocols import Memory, Metered, Usage
+from posttrain.watermark import Watermark
 
+HOST = "host"
+"""Name of the mark of this process's memory."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 """Files of a container's limit and use, as the second and the first version of cgroups name them."""
@@ -30,7 +33,7 @@ class HostMemory:
         status = _status()
         if not status:
             return Usage()
-        _forget_peak()
+        RESIDENT.reset()
         used = status["VmData"]
         return Usage(used, used + min(_rooms(status)), status["VmRSS"])
 
@@ -56,10 +59,17 @@ def _status() -> Mapping[str, int]:
 
 def _forget_peak() -> None:
     """Let `VmHWM` begin at what is resident now; without the right to do so the peak is that of the whole process."""
+    if not sys.platform.startswith("linux"):
+        return
     try:
         _CLEAR.write_text("5")
     except OSError:
         return
+
+
+RESIDENT = Watermark(level=lambda: {HOST: _status().get("VmRSS", 0)}, peak=lambda: {HOST: _status().get("VmHWM", 0)},
+                     reset=_forget_peak)
+"""Of the memory of this process that is in the machine's; 0 where the system is not Linux."""
 
 
 def _rooms(status: Mapping[str, int]) -> Iterator[int]:

@@ -32,6 +32,7 @@ from posttrain.data import (
 )
 from posttrain.hookspecs import KINDS as KINDS
 from posttrain.ops import Ops
+from posttrain.watermark import Watermark
 
 
 class Need(StrEnum):
@@ -594,6 +595,23 @@ class Metered(Protocol):
     others the host's memory is watched."""
 
     def memory(self) -> Memory: ...
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """What a scorer or a sampler may be beside its kind: one that says what takes its memory. See `memory.profile`."""
+
+    def held(self) -> Mapping[str, int]:
+        """Bytes of what is kept now, by what it is: `parameters`, `buffers`, `gradients`, `optimiser`, and of a sampler
+        `kv_cache`, which is of its last rollout. What two share is told by one of them."""
+        ...
+    def watermark(self) -> Watermark | None:
+        """Of a device with memory of its own: what is `allocated`, and what is `reserved` for that. The same object
+        each time; None where its memory is the host's."""
+        ...
+    def explain(self, folder: Path) -> None:
+        """From now on, write what explains it into the folder where that device runs out of memory; a host cannot."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
