@@ -115,13 +115,15 @@ class Profile:
         self._steps = 0
         self._told = False
         self.base = 0
-        """Bytes of the process before anything was loaded: code, and what was imported."""
+        """Bytes of the process that no model holds, after loading: code, and what was imported."""
 
     def watch(self, models: Sequence[object], folder: Path | None = None) -> None:
         """Ask these models, too, from now on; where one runs out of memory, what explains it goes to the folder."""
         self._models = [m for m in {id(m): m for m in models}.values() if isinstance(m, Accounted)]
         devices = {id(mark): mark for m in self._models if (mark := m.watermark()) is not None}
         self._devices = [self._host, *devices.values()]
+        held = 0 if devices else sum(sum(m.held().values()) for m in self._models)
+        self.base = max(0, self._host.level()[HOST] - held)
         if folder is not None:
             for model in self._models:
                 model.explain(folder)
@@ -130,7 +132,6 @@ class Profile:
     def __call__(self, phase: str) -> Iterator[None]:
         with ExitStack() as stack:
             spans = [stack.enter_context(device.span()) for device in self._devices]
-            self.base = self.base or spans[0].start[HOST]
             yield
         held: dict[str, int] = {}
         for model in self._models:

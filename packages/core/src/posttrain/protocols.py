@@ -8,6 +8,7 @@ protocol for the loaded thing. The list of kinds is closed: only core adds one. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -611,6 +612,17 @@ class Accounted(Protocol):
         ...
     def explain(self, folder: Path) -> None:
         """From now on, write what explains it into the folder where that device runs out of memory; a host cannot."""
+        ...
+
+
+@runtime_checkable
+class Imagining(Protocol):
+    """What a backend may be beside its kind: one that can say what its models take without taking it."""
+
+    def imagined(self, drawn: int) -> AbstractContextManager[Watermark]:
+        """While it lasts, models of this backend's framework load and compute as ever, but nothing is read, computed or
+        allocated; numbers that are asked of them say nothing, and tokens that are drawn are `drawn`. The watermark
+        counts what would be in use."""
         ...
 
 

@@ -290,9 +290,10 @@ class TorchLearner:
         """See `posttrain.protocols.Accounted`."""
         parameters = dict(self._named_parameters())
         buffers = [x for name, x in self.trunk.state_dict().items() if name not in parameters]
-        kept = {"parameters": [*parameters.values()], "buffers": buffers,
-                "gradients": [g for sums in self._gradients.values() for g in sums.values()],
-                "optimiser": [x for _, x in self._optimizer.arrays()] if self._optimizer else []}
+        kept: dict[str, list[Tensor]] = {
+            "parameters": [*parameters.values()], "buffers": buffers,
+            "gradients": [g for sums in self._gradients.values() for g in sums.values()],
+            "optimiser": [x for _, x in self._optimizer.arrays()] if self._optimizer else []}
         return {name: sum(int(x.nbytes) for x in tensors) for name, tensors in kept.items()}
 
     def watermark(self) -> Watermark | None:
