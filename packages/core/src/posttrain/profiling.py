@@ -32,6 +32,9 @@ _HELD, _COMPUTED = ("parameters", "buffers", "gradients", "optimiser", "kv_cache
 CATEGORIES = (*_HELD, _COMPUTED)
 """What memory is taken by. Activations are the part of the largest backward pass's peak that came on top of what there
 was before it, without the gradients that it left: what the pass keeps, and what each operation needs for a time."""
+_ASKED_AFTER = ("rollout", "backward")
+"""Phases after which models are asked what they hold: keys and values are new then, and gradients are there. To go
+through all tensors takes a millisecond or two of a model of 24 layers, so it is not done after every phase."""
 _SETTLED, _LOOKED_AT = 4, 24
 """Steps after which memory may be called a leak, as arenas and caches fill first; and the steps that are looked at."""
 _SURE = 4.0
@@ -134,7 +137,7 @@ class Profile:
             spans = [stack.enter_context(device.span()) for device in self._devices]
             yield
         held: dict[str, int] = {}
-        for model in self._models:
+        for model in self._models if phase in _ASKED_AFTER else ():
             for name, value in model.held().items():
                 held[name] = held.get(name, 0) + value
         if phase == "backward":

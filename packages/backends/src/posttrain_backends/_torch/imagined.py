@@ -8,6 +8,7 @@ model.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -165,6 +166,8 @@ def imagined(drawn: int) -> Iterator[Watermark]:
     the token `drawn`."""
     counted = Counted()
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own code does
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Counting(counted, drawn))
         stack.enter_context(_Answering(drawn))

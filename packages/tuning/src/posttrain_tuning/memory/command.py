@@ -5,7 +5,9 @@ and in core's `profiling.py`. Imported by the command line alone, since typer is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -69,21 +71,39 @@ def plan(context: typer.Context, file: File, settings: Settings = None,
 @app.command()
 def profile(context: typer.Context, file: File, settings: Settings = None,
             steps: Annotated[int, typer.Option(min=1, help="Steps that are made.")] = 3) -> None:
-    """Run a few steps and say the peak of each phase."""
+    """Run a few steps and say the peak of each phase, in the run's report beside what was predicted."""
     from posttrain import run
     from posttrain.config import load
     from posttrain.profiling import FILE
+    from posttrain.report.page import write_page
+    from posttrain.rundir import REPORT
 
     given = [*(settings or []), "memory.profile=true", f"steps={steps}"]
     load(file, given, context.obj)  # what is wrong with it is told first
+    predicted = _predicted_elsewhere(file, given)
     done = run.train(file, given, registry=context.obj, output="quiet")
-    measured = json.loads((done.directory / FILE).read_text("utf-8"))["measured"]
+    record = json.loads((done.directory / FILE).read_text("utf-8"))
+    measured = record["measured"]
+    if predicted:
+        record["predicted"] = {"phases": predicted}
+        (done.directory / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_page([done.directory], done.directory / REPORT)
     mark = "allocated" if any("allocated" in marks for marks in measured["phases"].values()) else "host"
     base = 0 if mark == "allocated" else measured["base"]
-    _tell({phase: marks[mark] - base for phase, marks in measured["phases"].items() if mark in marks}, {}, base)
+    print("measured, -> predicted" if predicted else "measured")
+    _tell({phase: marks[mark] - base for phase, marks in measured["phases"].items() if mark in marks}, predicted, base)
     for name, size in measured["categories"].items():
         print(f"  {name:12} {_mib(size):>14}")
-    print(f"wrote {done.directory / FILE}")
+    print(f"wrote {done.directory / FILE} and {REPORT}")
+
+
+def _predicted_elsewhere(file: Path, settings: Sequence[str]) -> Mapping[str, int]:
+    """Bytes by phase, by another process: what a prediction imports would be measured. Nothing where it is refused; why
+    stands on standard error."""
+    asked = ["memory", "plan", str(file), *settings, "--limit", "1000TiB", "--json"]
+    done = subprocess.run([sys.executable, "-m", "posttrain.cli", *asked], stdout=subprocess.PIPE, text=True)
+    found: Mapping[str, int] = json.loads(done.stdout)["phases"] if done.returncode == 0 else {}
+    return found
 
 
 def _tell(phases: Mapping[str, int], then: Mapping[str, int], process: int) -> None:

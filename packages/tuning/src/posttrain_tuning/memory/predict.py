@@ -37,10 +37,7 @@ EIGHT_BIT = 2.03 / 8
 """Share of what moments in float32 take: a byte each, and a scale for every 256 (bitsandbytes)."""
 CODE = 24 * 2**20
 """Bytes of a process that are touched when operations run for the first time: kernels, their tables and threads'
-stacks."""
-HEAP = 1.04
-"""What is resident for a byte in use: a heap keeps some of what was freed. Both were fitted on the configurations of
-tools/bench/memory_plan.py that are marked so, and on no other."""
+stacks. Fitted on the configurations of tools/bench/memory_plan.py that are marked so, and on no other."""
 
 
 @final
@@ -86,10 +83,10 @@ def predict(loaded: Loaded, opened: tuple[Tokenizer, PromptSource] | None = None
         now = mark.level()[HOST]
         held = [t.learner.held() for t in parts.trained if isinstance(t.learner, Accounted)]
         profile.taken()
-    phases = {phase: _resident(marks[HOST]) for phase, marks in profile.run.phases.items()}
+    phases = {phase: marks[HOST] + CODE for phase, marks in profile.run.phases.items()}
     phases["load"] -= CODE  # nothing was computed yet
     saved = sum(sum(each.values()) for each in held)  # a copy of weights and moments
-    phases["checkpoint"] = _resident(now + saved)
+    phases["checkpoint"] = now + saved + CODE
     categories = dict(profile.run.categories)
     if eight_bit:
         spared = int((1 - EIGHT_BIT) * categories["optimiser"])
@@ -97,10 +94,6 @@ def predict(loaded: Loaded, opened: tuple[Tokenizer, PromptSource] | None = None
         phases = {phase: x - spared * (2 if phase == "checkpoint" else 1) for phase, x in phases.items()}
     return Prediction(phases, categories,
                       min(_budget(settings.batching), longest.tokens))
-
-
-def _resident(used: int) -> int:
-    return int(HEAP * used) + CODE
 
 
 def process_bytes(loaded: Loaded) -> int:
