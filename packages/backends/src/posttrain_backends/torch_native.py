@@ -5,6 +5,7 @@ This is the light part: it checks sizes and names; what computes is imported on 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -21,6 +22,7 @@ from posttrain_backends.quantization import ADAPT_IN_HF, Quantizer, check_quanti
 
 if TYPE_CHECKING:
     import torch
+    from posttrain.watermark import Watermark
 
     from posttrain_backends._torch.learner import TorchLearner
     from posttrain_backends._torch.models.decoder import Decoder
@@ -150,6 +152,13 @@ class Torch:
         require("backend 'torch'", "torch", extra="torch")
         return native_learner(request, self._model, self.weights, self.head_chunk, self.head_kernel,
                               self.quantize, self.frozen)
+
+    def imagined(self, drawn: int) -> AbstractContextManager[Watermark]:
+        """See `posttrain.protocols.Imagining`; memory is that of a CPU."""
+        require("backend 'torch'", "torch", extra="torch")
+        from posttrain_backends._torch.imagined import imagined
+
+        return imagined(drawn)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, final
 
 from posttrain.protocols import Memory, Metered, Usage
+from posttrain.watermark import Watermark
 
+HOST = "host"
+"""Name of the mark of this process's memory."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 """Files of a container's limit and use, as the second and the first version of cgroups name them."""
@@ -34,7 +37,7 @@ class HostMemory:
         status = _status()
         if not status:
             return Usage()
-        _forget_peak()
+        RESIDENT.reset()
         held = status["VmData"]
         return Usage(max(0, held - _kept()), held + min(_rooms(status)), held, status["VmRSS"])
 
@@ -84,10 +87,17 @@ def _kept() -> int:
 
 def _forget_peak() -> None:
     """Let `VmHWM` begin at what is resident now; without the right to do so the peak is that of the whole process."""
+    if not sys.platform.startswith("linux"):
+        return
     try:
         _CLEAR.write_text("5")
     except OSError:
         return
+
+
+RESIDENT = Watermark(level=lambda: {HOST: _status().get("VmRSS", 0)}, peak=lambda: {HOST: _status().get("VmHWM", 0)},
+                     reset=_forget_peak)
+"""Of the memory of this process that is in the machine's; 0 where the system is not Linux."""
 
 
 def _rooms(status: Mapping[str, int]) -> Iterator[int]:

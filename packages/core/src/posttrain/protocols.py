@@ -9,6 +9,7 @@ protocol for the loaded thing. The list of kinds is closed: only core adds one. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +35,7 @@ from posttrain.data import (
 from posttrain.hookspecs import KINDS as KINDS
 from posttrain.ops import Ops
 from posttrain.search import Goal, Result, Space, Values
+from posttrain.watermark import Watermark
 
 
 class Need(StrEnum):
@@ -610,6 +612,34 @@ class Metered(Protocol):
     others the host's memory is watched."""
 
     def memory(self) -> Memory: ...
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """What a scorer or a sampler may be beside its kind: one that says what takes its memory. See `memory.profile`."""
+
+    def held(self) -> Mapping[str, int]:
+        """Bytes of what is kept now, by what it is: `parameters`, `buffers`, `gradients`, `optimiser`, and of a sampler
+        `kv_cache`, which is of its last rollout. What two share is told by one of them."""
+        ...
+    def watermark(self) -> Watermark | None:
+        """Of a device with memory of its own: what is `allocated`, and what is `reserved` for that. The same object
+        each time; None where its memory is the host's."""
+        ...
+    def explain(self, folder: Path) -> None:
+        """From now on, write what explains it into the folder where that device runs out of memory; a host cannot."""
+        ...
+
+
+@runtime_checkable
+class Imagining(Protocol):
+    """What a backend may be beside its kind: one that can say what its models take without taking it."""
+
+    def imagined(self, drawn: int) -> AbstractContextManager[Watermark]:
+        """While it lasts, models of this backend's framework load and compute as ever, but nothing is read, computed or
+        allocated; numbers that are asked of them say nothing, and tokens that are drawn are `drawn`. The watermark
+        counts what would be in use."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

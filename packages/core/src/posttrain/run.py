@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,8 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.fitting import check
 from posttrain.loss import REFERENCE_KL
 from posttrain.named import distribution_of
+from posttrain.profiling import FILE as MEMORY
+from posttrain.profiling import Profile
 from posttrain.progress import doing
 from posttrain.protocols import TrackerSession
 from posttrain.registry import Broken, Registry, discover
@@ -94,10 +96,12 @@ def train(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
           reward_workers(loaded.settings) as workers):  # first: they load their rewards while the models load
         for key, given in rows.items():  # rows handed over from Python become files, so that the config runs again
             write_rows(path / f"{key}.jsonl", given)
-        parts = build(loaded, workers, opened)
+        profile = profile_of(loaded.settings)
+        with (profile or nullcontext)("load"):
+            parts = build(loaded, workers, opened)
         run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
         run.state = synced(parts, run.settings, run.state)
-        return _go(run, parts, files, loaded.registry)
+        return _go(run, parts, files, loaded.registry, profile)
 
 
 def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None,
@@ -112,7 +116,9 @@ def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Re
         checkpoint.tidy(files.checkpoints)
         found = checkpoint.newest(files.checkpoints, fallback=loaded.settings.resume.fallback)
         with reward_workers(loaded.settings) as workers:
-            parts = build(loaded, workers)
+            profile = profile_of(loaded.settings)
+            with (profile or nullcontext)("load"):
+                parts = build(loaded, workers)
             run = Run(files.path, loaded.settings, initial_state(parts, loaded.settings), output)
             if found is None:
                 run.state = synced(parts, run.settings, run.state)
@@ -120,7 +126,7 @@ def resume(directory: str | Path, overrides: Sequence[str] = (), *, registry: Re
                 with doing("loading the checkpoint"):
                     restore(run, parts, checkpoint.load(found))
             files.truncate_after(run.state.step if found else -1)
-            return _go(run, parts, files, loaded.registry)
+            return _go(run, parts, files, loaded.registry, profile)
 
 
 def evaluate(directory: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -154,6 +160,11 @@ def opened(directory: str | Path, overrides: Sequence[str]) -> tuple[Run, Parts]
     restore(run, parts, checkpoint.load(found))
     parts.evaluator.sync(parts.policy.params(), parts.policy.version)
     return run, parts
+
+
+def profile_of(settings: Settings) -> Profile | None:
+    """What watches the run's memory, where that is asked."""
+    return Profile() if settings.memory.profile else None
 
 
 def run_path(loaded: config.Loaded) -> Path:
@@ -200,19 +211,24 @@ def save(run: Run, parts: Parts, files: RunDirectory) -> None:
                     keep=run.settings.checkpoint.keep)
 
 
-def _go(run: Run, parts: Parts, files: RunDirectory, registry: Registry) -> Run:
+def _go(run: Run, parts: Parts, files: RunDirectory, registry: Registry, profile: Profile | None) -> Run:
     """All steps that are left, observed by trackers and hooks; errors are told to them and go on to the caller."""
+    if profile is not None:
+        profile.watch([*(t.learner for t in parts.trained), parts.reference, parts.initial, parts.sampler,
+                       parts.evaluator], files.path)
     session = trackers.start(run.settings.trackers, run)
     _warn(registry.hooks.run_started(run))
     error: BaseException | None = None
     try:
         with stop_requests() as stop:
-            _steps(run, parts, files, session, registry, stop)
+            _steps(run, parts, files, session, registry, stop, profile)
         parts.policy.save(files.path / POLICY)
     except BaseException as raised:
         error = raised
         raise
     finally:
+        if profile is not None:
+            profile.write(files.path / MEMORY)
         if run.state.step > 0:
             _report(files.path)
         session.finished(error)
@@ -235,16 +251,17 @@ def _warn(broken: Sequence[Broken]) -> None:
 
 
 def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession, registry: Registry,
-           stop: StopRequest) -> None:
-    settings = run.settings
-    phases = Phases(time.perf_counter, session.phase_started)
+           stop: StopRequest, profile: Profile | None) -> None:
+    settings, watched = run.settings, profile or nullcontext
+    phases = Phases(time.perf_counter, session.phase_started, watched)
     busy = time.process_time()
     advance, assess = LOOPS[run.loop]
 
     def record(metrics: Metrics, seconds: float) -> None:
         nonlocal busy
         before, busy = busy, time.process_time()
-        values = {**metrics.values_by_name(), **timings(seconds, busy - before, metrics, phases.taken())}
+        values = {**metrics.values_by_name(), **timings(seconds, busy - before, metrics, phases.taken()),
+                  **({} if profile is None else profile.taken())}
         files.append_metrics(run.state.step, values)
         session.step_finished(run.state.step, values)
         _warn(registry.hooks.step_finished(run, run.state.step, values))
@@ -274,7 +291,8 @@ def _steps(run: Run, parts: Parts, files: RunDirectory, session: TrackerSession,
         record(metrics, time.perf_counter() - start)
         saving = settings.checkpoint.every
         if last or stop.requested or (saving and step % saving == 0):
-            save(run, parts, files)
+            with watched("checkpoint"):
+                save(run, parts, files)
         if stop.requested and not last:
             raise Interrupted(f"stopped by signal after step {step} of {settings.steps}; it is saved\n"
                               f"go on with: posttrain resume {run.directory}")

@@ -187,6 +187,15 @@ class ReferenceSettings:
 
 
 @dataclass(frozen=True)
+class MemorySettings:
+    """Block `memory:` - what a run says of its memory."""
+
+    profile: bool = False
+    """Record the peak of each phase and what takes it, and warn where memory grows from step to step. Where CUDA runs
+    out of memory, a snapshot for pytorch.org/memory_viz is written into the run directory."""
+
+
+@dataclass(frozen=True)
 class StopSettings:
     """Block `stop:` - what ends a run before its last step, evaluated and saved as after that."""
 
@@ -261,6 +270,7 @@ class Settings:
     """Of a separate critic; default: as `optimizer`."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
     stop: StopSettings = field(default_factory=StopSettings)
     data: RowRules = field(default_factory=RowRules)
     resume: ResumeSettings = field(default_factory=ResumeSettings)

@@ -137,7 +137,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
     with phases("update"):
         metrics, budget, _ = optimiser_step(
             parts.trained, rollouts, np.ones(N, bool), np.ones(N), columns, {}, batching=parts.batching,
-            budget=budget, comm=parts.comm)
+            budget=budget, comm=parts.comm, phase=phases)
     parts.evaluator.sync(parts.policy.params(), parts.policy.version)
     metrics += {"episode/length": Metric(N, rollouts.n_episodes)}
     return replace(state, step=state.step + 1, cursor=state.cursor + len(prompts), budget=budget), metrics, rollouts

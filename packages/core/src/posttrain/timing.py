@@ -1,9 +1,9 @@
-"""Seconds spent in each phase of an iteration. The clock comes in as an argument."""
+"""Seconds spent in each phase of an iteration. The clock comes in as an argument, as does who else watches phases."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 
@@ -14,6 +14,8 @@ class Phases:
     clock: Callable[[], float]
     entered: Callable[[str], None] = lambda phase: None
     """Told when a phase begins."""
+    watched: Callable[[str], AbstractContextManager[object]] = nullcontext
+    """Open while a phase lasts."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -21,7 +23,8 @@ class Phases:
         self.entered(name)
         start = self.clock()
         try:
-            yield
+            with self.watched(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - start
 

@@ -159,7 +159,7 @@ def iterate(parts: Parts, settings: Settings, state: RunState, phases: Phases) -
         updated, budget, mixing = update(
             parts.trained, rollouts, signal, notes, old_logprobs(settings, rollouts, notes), coef, schedule,
             batching=parts.batching, budget=budget, comm=parts.comm, combiner=parts.gradient_combiner,
-            combiner_state=state.gradient_combiner)
+            combiner_state=state.gradient_combiner, phase=phases)
     metrics += signal.metrics + Metrics({name: m for name, m in updated.items() if name not in kl})
     state = replace(state, budget=budget, gradient_combiner=mixing, kl=next_kl(parts.kl, state.kl, metrics, rollouts))
     with phases("sync"):

@@ -6,7 +6,8 @@ out of memory only means planning smaller parts and doing the same step again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,9 @@ from posttrain.memory import memory_of
 from posttrain.passes import Budget, Passes
 from posttrain.protocols import Batching, GradientCombiner, Learner, Output
 from posttrain.steps import Annotations
+
+Phase = Callable[[str], AbstractContextManager[object]]
+"""What is told when a part of an update begins and ends: `backward` and `optimiser`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def per_action(weights: Weights, keep: np.ndarray, correction: np.ndarray) -> We
 def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndarray, correction: np.ndarray,
                    columns: Mapping[str, np.ndarray], coef: Mapping[str, float], *, batching: Batching, budget: Budget,
                    comm: Comm, combiner: GradientCombiner[Any] | None = None, combiner_state: Any = None,
-                   max_kl: float = 0.0) -> tuple[Metrics, Budget, Any]:
+                   max_kl: float = 0.0, phase: Phase = nullcontext) -> tuple[Metrics, Budget, Any]:
     """One step of every learner on the same episodes -> metrics, token budget, state of the gradient combiner.
 
     With `max_kl` the step is not made where KL(pi_old || pi) per action is above it already, and `update/stopped` is 1.
@@ -104,12 +108,13 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
     costs = np.array([int(rollouts.episode_tokens[u].sum()) for u in units])
     groups = np.array([rollouts.group[u[0]] for u in units])
     passes = Passes(batching, budget, UPDATE, memory_of(trained[0].learner), comm)
-    metrics, retries = _accumulate(trained, data, units, passes, costs, groups, coef), 0
-    while passes.failed:
-        for t in trained:
-            t.learner.discard()
-        passes.shrink(costs)
-        metrics, retries = _accumulate(trained, data, units, passes, costs, groups, coef), retries + 1
+    with phase("backward"):
+        metrics, retries = _accumulate(trained, data, units, passes, costs, groups, coef), 0
+        while passes.failed:
+            for t in trained:
+                t.learner.discard()
+            passes.shrink(costs)
+            metrics, retries = _accumulate(trained, data, units, passes, costs, groups, coef), retries + 1
     budget = passes.budget
     metrics = Metrics({name: _of_one_step(m) if "loss/" in name else m for name, m in metrics.items()})
     metrics += passes.metrics + {"batch/memory_retries": Metric(retries, reduction="sum")}
@@ -131,7 +136,8 @@ def optimiser_step(trained: Sequence[Trained], rollouts: Rollouts, keep: np.ndar
             weights = {SHARED: 1.0, **dict(zip(t.objective.slots, mix.tolist(), strict=True))}
             metrics += {f"combiner/{slot}": Metric(w, reduction="last") for slot, w in weights.items()}
         try:
-            applied = t.learner.apply(weights)
+            with phase("optimiser"):
+                applied = t.learner.apply(weights)
         except Diverged as error:
             raise Diverged(f"{error}\nrows of that step: {_rows(rollouts)}") from error
         metrics += Metrics({t.prefix + name: m for name, m in applied.items()})
@@ -201,7 +207,7 @@ def _accumulate(trained: Sequence[Trained], data: Sequence[StepData], units: Seq
 def update(trained: Sequence[Trained], rollouts: Rollouts, signal: Signal, notes: Annotations,
            old_logprobs: np.ndarray | None, coef: Mapping[str, float], schedule: Schedule, *, batching: Batching,
            budget: Budget, comm: Comm, combiner: GradientCombiner[Any] | None = None,
-           combiner_state: Any = None) -> tuple[Metrics, Budget, Any]:
+           combiner_state: Any = None, phase: Phase = nullcontext) -> tuple[Metrics, Budget, Any]:
     """All optimiser steps of one rollout."""
     columns = columns_of(rollouts, signal, notes, old_logprobs)
     actions, total = rollouts.episode_actions, Metrics()
@@ -211,7 +217,8 @@ def update(trained: Sequence[Trained], rollouts: Rollouts, signal: Signal, notes
         metrics, budget, combiner_state = optimiser_step(
             trained, rollouts.select(episodes), signal.keep[a], signal.correction[a],
             {name: column[..., a] for name, column in columns.items()}, coef, batching=batching, budget=budget,
-            comm=comm, combiner=combiner, combiner_state=combiner_state, max_kl=schedule.max_kl)
+            comm=comm, combiner=combiner, combiner_state=combiner_state, max_kl=schedule.max_kl,
+            phase=phase)
         total += metrics
         if STOPPED in metrics and metrics[STOPPED].value:
             break

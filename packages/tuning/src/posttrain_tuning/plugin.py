@@ -20,7 +20,9 @@ def components() -> Iterable[Component]:
 
 @hookimpl
 def commands(app: Any) -> None:
-    """`posttrain tune`."""
+    """`posttrain tune`, `posttrain memory plan` and `posttrain memory profile`."""
     from posttrain_tuning.command import tune
+    from posttrain_tuning.memory.command import app as memory
 
     app.command("tune")(tune)
+    app.add_typer(memory, name="memory")

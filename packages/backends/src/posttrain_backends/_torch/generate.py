@@ -9,9 +9,10 @@ text: prompts come as ids (`engines.py`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol, final
 
 import numpy as np
@@ -19,11 +20,17 @@ import torch
 from posttrain.data import Array, Metric, Metrics, Prompt, Rollouts, Sampling, offsets_of
 from posttrain.errors import MemoryExhausted
 from posttrain.protocols import Kept, Memory, Tokenizer
+from posttrain.watermark import Watermark
 from torch import Tensor
 
 from posttrain_backends._torch.drawn import Drawn
 from posttrain_backends._torch.layout import Layout
-from posttrain_backends._torch.memory import memory_of_device, translating_memory_errors
+from posttrain_backends._torch.memory import (
+    memory_of_device,
+    snapshot_where_it_fails,
+    translating_memory_errors,
+    watermark_of,
+)
 from posttrain_backends._torch.rows import Prefix, Room, Rows
 from posttrain_backends._torch.sampling import sample
 from posttrain_backends.engines import (
@@ -198,6 +205,7 @@ class TorchSampler:
         self._drawn, self._tokenizer, self._limits, self._version = drawn, tokenizer, limits, version
         self._most_rows, self._most_tokens = limits.slots or sys.maxsize, limits.cache_tokens
         self._kept = Kept(0)
+        self._bytes_of_token: int | None = None
         self.usage = Usage(0, 0, 0, 0, 0)
         """The work of the last rollout."""
 
@@ -236,6 +244,20 @@ class TorchSampler:
 
     def memory(self) -> Memory:
         return memory_of_device(self._drawn.device)
+
+    def held(self) -> Mapping[str, int]:
+        """See `posttrain.protocols.Accounted`."""
+        if self._bytes_of_token is None:
+            self._bytes_of_token = self.token_bytes
+        return {"kv_cache": self._kept.tokens * self._bytes_of_token}
+
+    def watermark(self) -> Watermark | None:
+        """See `posttrain.protocols.Accounted`."""
+        return watermark_of(self._drawn.device)
+
+    def explain(self, folder: Path) -> None:
+        """See `posttrain.protocols.Accounted`."""
+        snapshot_where_it_fails(self._drawn.device, folder)
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raise one `DataError` that names all prompts which cannot be encoded or do not fit the model."""

@@ -21,6 +21,7 @@ from posttrain.errors import ConfigError
 from posttrain.loss import SHARED
 from posttrain.ops import ops_of
 from posttrain.protocols import Memory, Objective, Optimization, Output, Sampler, Scorer, Tokenizer
+from posttrain.watermark import Watermark
 from torch import Tensor, nn
 
 from posttrain_backends._torch import guard
@@ -34,7 +35,12 @@ from posttrain_backends._torch.head import (
 )
 from posttrain_backends._torch.layout import Layout
 from posttrain_backends._torch.logits import PLAIN, Form
-from posttrain_backends._torch.memory import memory_of_device, translating_memory_errors
+from posttrain_backends._torch.memory import (
+    memory_of_device,
+    snapshot_where_it_fails,
+    translating_memory_errors,
+    watermark_of,
+)
 from posttrain_backends._torch.models import files
 from posttrain_backends._torch.models.interface import (
     AdaptedLanguageModel,
@@ -279,6 +285,24 @@ class TorchLearner:
 
     def _ids(self, x: Array) -> Tensor:
         return torch.from_numpy(np.asarray(x, dtype=np.int64)).to(self.device)
+
+    def held(self) -> Mapping[str, int]:
+        """See `posttrain.protocols.Accounted`."""
+        parameters = dict(self._named_parameters())
+        buffers = [x for name, x in self.trunk.state_dict().items() if name not in parameters]
+        kept: dict[str, list[Tensor]] = {
+            "parameters": [*parameters.values()], "buffers": buffers,
+            "gradients": [g for sums in self._gradients.values() for g in sums.values()],
+            "optimiser": [x for _, x in self._optimizer.arrays()] if self._optimizer else []}
+        return {name: sum(int(x.nbytes) for x in tensors) for name, tensors in kept.items()}
+
+    def watermark(self) -> Watermark | None:
+        """See `posttrain.protocols.Accounted`."""
+        return watermark_of(self.device)
+
+    def explain(self, folder: Path) -> None:
+        """See `posttrain.protocols.Accounted`."""
+        snapshot_where_it_fails(self.device, folder)
 
     def memory(self) -> Memory:
         """See `posttrain.protocols.Metered`."""

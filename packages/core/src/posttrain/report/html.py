@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from posttrain.report.svg import COLORS
+
 
 class Html(str):
     """Markup; everything else is text."""
@@ -31,3 +33,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") ->
              for first, *rest in rows]
     top = element("thead", element("tr", *(element("th", cell, scope="col") for cell in head)))
     return element("div", element("table", top, element("tbody", *lines), class_=kind), class_="wide")
+
+
+def section(title: str, *children: str) -> Html:
+    """A part of the page under its heading."""
+    return element("section", element("h2", title), *children)
+
+
+def chip(color: int) -> Html:
+    """A spot in one of the page's colours."""
+    return element("i", class_=f"chip c{color % COLORS}")

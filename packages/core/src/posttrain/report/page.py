@@ -18,9 +18,11 @@ from typing import final
 
 from posttrain.checkpoint import JSON
 from posttrain.errors import InputError, Problem
+from posttrain.profiling import PREFIX
 from posttrain.report import history, svg
 from posttrain.report.history import MISSING, History
-from posttrain.report.html import Html, element, joined, table
+from posttrain.report.html import Html, chip, element, joined, section, table
+from posttrain.report.memory import memory_section
 from posttrain.rundir import TIMING
 
 SHOWN_SAMPLES = 4
@@ -28,8 +30,8 @@ SHOWN_SAMPLES = 4
 
 _NO_PHASE = re.compile("memory|percent|per_second|time|gpu|^seconds$")
 """Entries of `timing` that are not the seconds of a phase."""
-_INSIDE = {"rollout": "reward"}
-"""Phases in which another one is counted too; in a stack its seconds stand once."""
+_INSIDE = {"rollout": ("reward",), "update": ("backward", "optimiser")}
+"""Phases in which others are counted too; in a stack their seconds stand once."""
 
 
 @final
@@ -88,7 +90,7 @@ def page(runs: Sequence[History]) -> str:
         Html('<meta name="color-scheme" content="light dark">'),
         element("title", f"{title} - posttrain report"), element("style", Html(_resource("page.css")))])
     body = joined([element("header", element("h1", title), _legend(runs)), _overview(runs), _curves(runs), _times(runs),
-                   _samples(runs), _configuration(runs), _manifest(runs), _other_metrics(runs),
+                   memory_section(runs), _samples(runs), _configuration(runs), _manifest(runs), _other_metrics(runs),
                    Html('<div id="tip" hidden></div>'), element("script", Html(script))])
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
@@ -98,16 +100,16 @@ def _overview(runs: Sequence[History]) -> Html:
     def row(i: int, run: History) -> list[str]:
         planned = run.settings.get("steps", "")
         seconds = [v for v in run.curves.column(TIMING + "seconds")[1] if math.isfinite(v)]
-        return [joined([_chip(i), run.label]), run.state, f"{run.steps} of {planned}" if planned else str(run.steps),
+        return [joined([chip(i), run.label]), run.state, f"{run.steps} of {planned}" if planned else str(run.steps),
                 _first_to_last(run, "reward/mean"), _first_to_last(run, "eval/reward/mean"),
                 _first_to_last(run, "kl/reference"), _first_to_last(run, "episode/length"), _duration(sum(seconds))]
     head = ("run", "state", "steps", "reward", "held-out reward", "KL", "length", "time")
-    return _section("Overview", table(head, (row(i, run) for i, run in enumerate(runs)), "overview"))
+    return section("Overview", table(head, (row(i, run) for i, run in enumerate(runs)), "overview"))
 
 
 def _curves(runs: Sequence[History]) -> Html:
     charts = [*_training_losses(runs), *CHARTS[:2], *_reward_columns(runs), *CHARTS[2:], _memory(runs)]
-    return _section("Curves", element("p", "Over steps of the loop; point at a curve for its values.", class_="note"),
+    return section("Curves", element("p", "Over steps of the loop; point at a curve for its values.", class_="note"),
                     element("div", *(_figure(chart, runs) for chart in charts), class_="grid-of-charts"))
 
 
@@ -129,7 +131,8 @@ def _reward_columns(runs: Sequence[History]) -> list[Chart]:
 
 
 def _memory(runs: Sequence[History]) -> Chart:
-    names = [name for name in _names(runs) if name.startswith(TIMING) and "memory" in name]
+    names = [name for name in _names(runs) if name.startswith(TIMING) and "memory" in name
+             and not name.startswith(PREFIX)]
     return Chart("Memory", "MiB", tuple((name, name.removeprefix(TIMING).removesuffix("_mb")) for name in names))
 
 
@@ -184,8 +187,8 @@ def _times(runs: Sequence[History]) -> Html:
     if not figures:
         return Html()
     names = [*(phase.removeprefix(TIMING) for phase in phases), "other"]
-    keys = [element("span", _chip(i), name, class_="key") for i, name in enumerate(names)]
-    return _section("Time by phase", element("p", *keys, class_="legend"),
+    keys = [element("span", chip(i), name, class_="key") for i, name in enumerate(names)]
+    return section("Time by phase", element("p", *keys, class_="legend"),
                     element("div", *figures, class_="grid-of-charts"))
 
 
@@ -198,7 +201,8 @@ def _time_figure(run: History, phases: Sequence[str], several: bool) -> Html:
     if not steps:
         return Html()
     taken = {phase.removeprefix(TIMING): dict(zip(*run.curves.column(phase))) for phase in phases}
-    layers = [svg.Layer(name, [max(seconds.get(step, 0.0) - taken.get(_INSIDE.get(name, ""), {}).get(step, 0.0), 0.0)
+    inside = {name: [taken[other] for other in _INSIDE.get(name, ()) if other in taken] for name in taken}
+    layers = [svg.Layer(name, [max(seconds.get(step, 0.0) - sum(x.get(step, 0.0) for x in inside[name]), 0.0)
                                for step in steps]) for name, seconds in taken.items()]
     known = [sum(layer.values[i] for layer in layers) for i in range(len(steps))]
     layers.append(svg.Layer("other", [max(total - part, 0.0) for total, part in zip(totals, known)]))
@@ -213,9 +217,9 @@ def _samples(runs: Sequence[History]) -> Html:
         chosen = [(name, rows) for name, pick in SORTS.items() if (rows := pick(run.samples))]
         groups = [element("div", element("h4", name), *map(_sample, rows)) for name, rows in chosen]
         if groups:
-            heading = [element("h3", _chip(i), run.label)] if len(runs) > 1 else []
+            heading = [element("h3", chip(i), run.label)] if len(runs) > 1 else []
             blocks.append(joined([*heading, element("div", *groups, class_="samples")]))
-    return _section("Samples", *blocks) if blocks else Html()
+    return section("Samples", *blocks) if blocks else Html()
 
 
 def _first(samples: Sequence[Mapping[str, JSON]]) -> list[Mapping[str, JSON]]:
@@ -276,14 +280,14 @@ def _configuration(runs: Sequence[History]) -> Html:
         if run.config:
             title = f"Whole configuration of {run.label}"
             blocks.append(element("details", element("summary", title), element("pre", run.config)))
-    return _section("Configuration", *blocks) if blocks else Html()
+    return section("Configuration", *blocks) if blocks else Html()
 
 
 def _manifest(runs: Sequence[History]) -> Html:
     keys = dict.fromkeys(key for run in runs for key in run.manifest)
     rows = [[key, *(_readable(key, run.manifest.get(key, "")) for run in runs)] for key in keys]
     head = ["", *(run.label for run in runs)]
-    return _section("Versions, seed and machine", table(head, rows)) if rows else Html()
+    return section("Versions, seed and machine", table(head, rows)) if rows else Html()
 
 
 def _readable(key: str, value: str) -> str:
@@ -294,23 +298,16 @@ def _other_metrics(runs: Sequence[History]) -> Html:
     """Every metric that has no chart above."""
     shown = {metric for chart in [*CHARTS, *_training_losses(runs), *_reward_columns(runs), _memory(runs)]
              for metric, _ in chart.metrics} | {"reward/std", TIMING + "seconds", TIMING + "unix_time"}
-    left = [name for name in _names(runs) if name not in shown and not _is_phase(name)]
+    left = [name for name in _names(runs)
+            if name not in shown and not _is_phase(name) and not name.startswith(PREFIX)]
     figures = [figure for name in left if (figure := _figure(Chart(name, "", ((name, ""),)), runs))]
     return element("details", element("summary", f"All other metrics ({len(figures)})"),
                    element("div", *figures, class_="grid-of-charts small")) if figures else Html()
 
 
 def _legend(runs: Sequence[History]) -> Html:
-    return element("p", *(element("span", _chip(i), run.label, class_="key") for i, run in enumerate(runs)),
+    return element("p", *(element("span", chip(i), run.label, class_="key") for i, run in enumerate(runs)),
                    class_="legend") if len(runs) > 1 else Html()
-
-
-def _section(title: str, *children: str) -> Html:
-    return element("section", element("h2", title), *children)
-
-
-def _chip(color: int) -> Html:
-    return element("i", class_=f"chip c{color % svg.COLORS}")
 
 
 def _first_to_last(run: History, metric: str) -> str:

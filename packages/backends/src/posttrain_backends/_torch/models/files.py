@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from posttrain.data import Array, to_numpy
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from posttrain_backends.families.files import CONFIG, WEIGHTS, require_fitting, weight_files
+
+_DTYPES: Mapping[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                                      "BF16": torch.bfloat16}
+"""As safetensors names the types that weights are in."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's model, from one file or from those its index names; other files are left alone."""
+    if detect_fake_mode() is not None:
+        return {name: tensor for path in weight_files(folder) for name, tensor in _described(path)}
     return {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
+
+
+def _described(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file without what they hold; see `_torch/imagined.py`."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no mapping
+            part = file.get_slice(name)
+            yield name, torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()])
 
 
 def read_head(folder: Path, file: str) -> dict[str, Tensor]:

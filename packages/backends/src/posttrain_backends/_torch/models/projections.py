@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from posttrain.errors import ConfigError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from posttrain_backends._torch.models.lean import Norm, swiglu
 
@@ -25,8 +26,8 @@ class Projection(Protocol):
 
 
 def is_plain(linear: nn.Linear) -> bool:
-    """Whether the weight is what the layer multiplies by, and not a library's form of it."""
-    return type(linear.weight) in (Tensor, nn.Parameter)
+    """Whether the weight is what the layer multiplies by, and not a library's form of it; also one that is imagined."""
+    return type(linear.weight) in (Tensor, nn.Parameter) or isinstance(linear.weight, FakeTensor)
 
 
 def has_plain_layers(module: nn.Module) -> bool:

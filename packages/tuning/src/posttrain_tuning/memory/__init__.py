@@ -1,0 +1,1 @@
+"""What a configuration takes of memory, and what to change so that it fits."""
