@@ -254,7 +254,7 @@ def test_init_writes_three_files_and_overwrites_none(tmp_path: Path) -> None:
 # ---- what they import is public
 
 
-PUBLIC = ("data", "errors", "hookspecs", "ops", "protocols", "testing")
+PUBLIC = ("data", "errors", "hookspecs", "ops", "protocols", "search", "testing")
 """Modules of core of which every name without an underscore is for authors; of others, what `__all__` lists."""
 
 ROOT = Path(__file__).parents[2]

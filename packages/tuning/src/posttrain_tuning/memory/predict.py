@@ -37,7 +37,7 @@ EIGHT_BIT = 2.03 / 8
 """Share of what moments in float32 take: a byte each, and a scale for every 256 (bitsandbytes)."""
 CODE = 24 * 2**20
 """Bytes of a process that are touched when operations run for the first time: kernels, their tables and threads'
-stacks. Fitted on the configurations of tools/bench/memory_plan.py that are marked so, and on no other."""
+stacks. Chosen with the configurations of tools/bench/memory_plan.py in sight that are marked `fitted`."""
 
 
 @final
