@@ -1,9 +1,11 @@
 """The head in chunks says what log_softmax of all logits says, values and gradients, and so do action values."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp
 from posttrain_backends._jax.head import Readout, chosen_values, chunk_rows, expected_values, logits_of, read
 
 N, H, V = 8, 5, 13

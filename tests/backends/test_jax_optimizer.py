@@ -1,13 +1,13 @@
 """The steps of optax are torch's, over a whole schedule."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
+torch = pytest.importorskip("torch")
 
-import torch
+import jax.numpy as jnp
 from posttrain.errors import ConfigError
 from posttrain.protocols import Optimization
 from posttrain_backends._jax.optimizer import NamedAdamW, norm_of

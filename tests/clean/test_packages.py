@@ -25,7 +25,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "objectives": ("tests/objectives", "tests/contracts/test_objectives.py", "tests/contracts/test_meta_objectives.py",
                    "tests/contracts/test_kl.py", "tests/contracts/test_mixing_objectives.py",
                    "tests/oracles/test_losses.py", "tests/oracles/test_mixing.py", "tests/oracles/test_pareto.py"),
-    "backends": ("tests/backends", "tests/contracts/test_models.py"),
+    "backends": ("tests/backends", "tests/contracts/test_models.py", "tests/contracts/test_jax_engine.py",
+                 "tests/contracts/test_jax_models.py", "tests/contracts/test_onnx_engine.py",
+                 "tests/contracts/test_onnx_models.py"),
     "tuning": ("tests/tuning",),
     "core": ("tests/core", "tests/contracts"),
 }
@@ -44,9 +46,9 @@ NOT_OF_EXTRAS = "not tokenizers and not mlflow and not tensorboard and not wandb
 """Modules of core whose examples need an extra."""
 MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
     "estimators": LIBRARIES[:4], "objectives": (*LIBRARIES[:4], "moocore"),
-    "backends": ("jax", "transformers", "peft", "triton", "posttrain_objectives", "bitsandbytes", "torchao", "xformers",
-                 "fla", "mamba_ssm"),
-    "tuning": ("torch", "scipy", "cmaes"),
+    "backends": ("flax", "jax", "onnx", "onnxruntime", "optax", "transformers", "peft", "triton",
+                 "posttrain_objectives", "bitsandbytes", "torchao", "xformers", "fla", "mamba_ssm"),
+    "tuning": ("torch", "scipy", "cmaes", "optuna", "ray"),
     "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}
 
 
@@ -99,7 +101,7 @@ def test_what_a_skip_says_is_looked_at() -> None:
 
 
 def test_tuning_needs_core_alone(fresh: Fresh) -> None:
-    """It offers nothing yet, and says nothing wrong."""
+    """Its searchers have an extra of their own, and nothing is wrong without it."""
     environment = fresh("core", "tuning")
     assert environment.missing(*PACKAGES, *LIBRARIES) == [*PACKAGES[:3], *LIBRARIES]
     listed = json.loads(environment.output("posttrain", "plugins", "--json", cwd=environment.root))
