@@ -38,6 +38,9 @@ from posttrain.testing.mixing import drawn_estimates
 from posttrain.testing.random_data import episodes_of, in_framework
 from registered import registered
 
+for package in ("posttrain_estimators", "posttrain_objectives"):
+    pytest.importorskip(package)
+
 LENGTHS, PAIRS = [3, 1, 5, 2, 4, 1], [0, 0, 1, 1, 2, 2]
 """Actions of each episode, and its group: pairs, of which one is preferred, so that all have what they compare."""
 TOLERANCE = 1e-10
