@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,7 @@ LOGPROBS = frozenset({Output.LOGPROBS})
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
     """name -> a folder that transformers wrote, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = written(tmp_path_factory.mktemp("model"), *KINDS[name])
-        return made[name]
-    return make
+    return cache(lambda name: written(tmp_path_factory.mktemp("model"), *KINDS[name]))
 
 
 @pytest.mark.oracle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +68,7 @@ NEW = {"family": "qwen3_moe", "experts": 4, "hidden_size": 16, "layers": 2, "hea
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
     """name -> a folder that transformers wrote, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = written(tmp_path_factory.mktemp("model"), *KINDS[name])
-        return made[name]
-    return make
+    return cache(lambda name: written(tmp_path_factory.mktemp("model"), *KINDS[name]))
 
 
 def library(path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,7 @@ BOTH = frozenset({Output.LOGPROBS, Output.ENTROPY})
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
     """name -> a folder that transformers wrote, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = written(tmp_path_factory.mktemp("model"), *KINDS[name])
-        return made[name]
-    return make
+    return cache(lambda name: written(tmp_path_factory.mktemp("model"), *KINDS[name]))
 
 
 def scorer(path: Path, vocab_size: int = V, **fields) -> Scorer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,7 @@ ROWS = [[2, 9, 4, 7, 3, 8, 5, 6], [11, 3, 2], [5, 2, 12, 4, 9]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
     """name -> a folder that transformers wrote, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = written(tmp_path_factory.mktemp("model"), *KINDS[name])
-        return made[name]
-    return make
+    return cache(lambda name: written(tmp_path_factory.mktemp("model"), *KINDS[name]))
 
 
 @pytest.fixture(scope="module")

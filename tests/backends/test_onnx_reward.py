@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,7 @@ NATIVE = ("llama", "llama, padding named", "qwen2", "qwen3")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """name -> a folder of random weights and a tokenizer of characters, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = written(tmp_path_factory.mktemp("model"), name)
-        return made[name]
-    return make
+    return cache(lambda name: written(tmp_path_factory.mktemp("model"), name))
 
 
 def load(path: Path, **fields: Any) -> Any:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """name -> a folder of random weights and a tokenizer of characters, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = written(tmp_path_factory.mktemp("model"), name)
-        return made[name]
-    return make
+    return cache(lambda name: written(tmp_path_factory.mktemp("model"), name))
 
 
 def load(path: Path, **fields):

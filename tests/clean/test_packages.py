@@ -46,7 +46,7 @@ NOT_OF_EXTRAS = "not tokenizers and not mlflow and not tensorboard and not wandb
 """Modules of core whose examples need an extra."""
 MAY_BE_ABSENT: dict[str, tuple[str, ...]] = {
     "estimators": LIBRARIES[:4], "objectives": (*LIBRARIES[:4], "moocore"),
-    "backends": ("flax", "jax", "onnx", "onnxruntime", "optax", "transformers", "peft", "triton",
+    "backends": ("flax", "jax", "ml_dtypes", "onnx", "onnxruntime", "optax", "transformers", "peft", "triton",
                  "posttrain_objectives", "bitsandbytes", "torchao", "xformers", "fla", "mamba_ssm"),
     "tuning": ("torch", "scipy", "cmaes", "optuna", "ray"),
     "core": (*LIBRARIES, *EXTRAS, *PACKAGES)}

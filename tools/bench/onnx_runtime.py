@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +34,7 @@ from posttrain_backends._torch.learner import TorchLearner
 from posttrain_backends._torch.models.decoder import Decoder
 from posttrain_backends.engines import Batched
 from posttrain_backends.onnx_engine import OnnxEngine
-from processes import ONE_THREAD, in_a_process, medians
+from processes import in_rounds
 from rollout import MEDIUM, Ids, decoder, llama
 
 PROMPT, NEW, BATCHES = 8, 64, (1, 8, 32)
@@ -141,17 +140,6 @@ def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{name:16s}{cells}" + (f"{1e3 * row['refresh']:12.1f}{row['gap']:10.1e}" if "gap" in row else "")
 
 
-def measure(names: Sequence[str], rounds: int, calls: int) -> dict[str, dict[str, float]]:
-    taken: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    for _ in range(rounds):
-        for name in names:
-            numbers = in_a_process(__file__, ["--case", name, "--calls", str(calls)], ONE_THREAD)
-            print(name, numbers, file=sys.stderr, flush=True)
-            for key, values in numbers.items():
-                taken[name].setdefault(key, []).extend(values)
-    return {name: medians(numbers) for name, numbers in taken.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
@@ -163,7 +151,7 @@ def main() -> None:
     if given.case:
         print(json.dumps(measured(given.case, given.calls)))
         return
-    print("\n".join(table(measure(given.candidates, given.rounds, given.calls))))
+    print("\n".join(table(in_rounds(__file__, given.candidates, given.rounds, given.calls))))
 
 
 if __name__ == "__main__":

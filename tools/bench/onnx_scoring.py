@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from posttrain.data import Prompt, Rollouts, offsets_of, to_numpy
 from posttrain.protocols import LoadRequest, Output, Scorer
 from posttrain_backends.onnx import Onnx
 from posttrain_backends.torch_native import Torch
-from processes import ONE_THREAD, in_a_process, medians
+from processes import in_rounds
 from rollout import MEDIUM, decoder
 
 CASES: Mapping[str, tuple[int, int, int, int]] = {
@@ -75,17 +74,6 @@ def measured(name: str, calls: int) -> dict[str, list[float]]:
     return taken
 
 
-def measure(rounds: int, calls: int) -> dict[str, dict[str, float]]:
-    taken: dict[str, dict[str, list[float]]] = {name: {} for name in CANDIDATES}
-    for _ in range(rounds):
-        for name in CANDIDATES:
-            numbers = in_a_process(__file__, ["--case", name, "--calls", str(calls)], ONE_THREAD)
-            print(name, numbers, file=sys.stderr, flush=True)
-            for key, values in numbers.items():
-                taken[name].setdefault(key, []).extend(values)
-    return {name: medians(numbers) for name, numbers in taken.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -96,7 +84,7 @@ def main() -> None:
     if given.case:
         print(json.dumps(measured(given.case, given.calls)))
         return
-    found = measure(given.rounds, given.calls)
+    found = in_rounds(__file__, CANDIDATES, given.rounds, given.calls)
     print(f"{'CPU ms':16s}" + "".join(f"{name:>10s}" for name in found) + f"{'ratio':>8s}")
     for key, of_torch in found["torch"].items():
         print(f"{key:16s}{of_torch:10.1f}{found['onnx'][key]:10.1f}{found['onnx'][key] / of_torch:8.2f}")

@@ -28,6 +28,18 @@ def in_a_process(script: str, arguments: Sequence[str], variables: Mapping[str, 
     return measured
 
 
+def in_rounds(script: str, names: Sequence[str], rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """Medians of what `--case NAME --calls N` of a script measures, one thread, the names in turn in each round."""
+    taken: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for _ in range(rounds):
+        for name in names:
+            numbers = in_a_process(script, ["--case", name, "--calls", str(calls)], ONE_THREAD)
+            print(name, numbers, file=sys.stderr, flush=True)
+            for key, values in numbers.items():
+                taken[name].setdefault(key, []).extend(values)
+    return {name: medians(numbers) for name, numbers in taken.items()}
+
+
 def extra_peak(call: Callable[[], object]) -> float:
     """MiB of the peak of resident memory during a call, its result included, over what was resident before it."""
     gc.collect()
